@@ -1,0 +1,43 @@
+# Everything happens in .venv; `make quickstart` and `make test` need nothing done before them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS := 1
+
+.PHONY: help quickstart test test-slow lint bench clean
+
+help:  ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Basin needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11 quickstart"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,xtb,sella]'
+	@touch $@
+
+quickstart: $(VENV)/.installed  ## Relax about 65 real molecules with MMFF94 and GFN2-xTB; write a report.
+	$(BIN)/basin run jobs/quickstart.toml --report
+
+test: $(VENV)/.installed-dev  ## Run the test suite (minutes); slow physics is left out.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## Run the slow tests, which `make test` leaves out.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## Check style and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## Measure speed and size; prints tables (about 15 minutes).
+	$(BIN)/python -m benchmarks.all
+
+clean:  ## Remove the environment and the quickstart's results.
+	rm -rf $(VENV) results build *.egg-info .mypy_cache .ruff_cache .pytest_cache

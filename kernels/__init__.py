@@ -1,0 +1,1 @@
+"""The physics and the models: plain functions, arrays in, arrays out."""

@@ -1,0 +1,1028 @@
+"""The campaign file: what to compute, on which molecules, at which level, with which limits.
+
+`load_campaign` reads the TOML and gives frozen models whose defaults are the published protocol,
+or raises one `CampaignError` that lists every problem with its line, field, value and remedy.
+`jobs/quickstart.toml` shows every field; `describe_fields` lists them for the documentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+from kernels import calculators
+from kernels.errors import KernelError
+from orchestrator.errors import CampaignError
+from orchestrator.molecules import FORMATS, GEOMETRY_FORMATS, expand, file_format, match_files
+from orchestrator.quantities import (
+    MEMORY,
+    TIME,
+    Bytes,
+    Dimension,
+    Force,
+    Length,
+    Seconds,
+    Temperature,
+    format_bytes,
+    format_seconds,
+)
+
+Setting: TypeAlias = str | int | float | bool | dict[str, str]
+
+# Stands for the program not written in the file until the level is known.
+_FIRST_PROGRAM: Final = "\0"
+
+_NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_Name: TypeAlias = Annotated[str, Field(pattern=rf"^{_NAME_PATTERN}$", max_length=100)]
+
+
+def _default(text: str) -> dict[str, Any]:
+    """Marks a default that is worked out while loading, with the words the field table shows."""
+    return {"default": text}
+
+
+class _Table(BaseModel):
+    # Strict, because a quoted "500" or a true where a number belongs is a slip worth reporting.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class MoleculeSource(_Table):
+    """`[molecules]`: the files to read, and how."""
+
+    files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        strict=False,
+        min_length=1,
+        description="Files or glob patterns, relative to the campaign file: .smi, .csv, .sdf, "
+        ".xyz, .extxyz, and each of them with .gz",
+    )
+    smiles_column: str = Field(
+        default="smiles", min_length=1, description="Column of a .csv file that holds the SMILES"
+    )
+    name_column: str = Field(
+        default="name",
+        min_length=1,
+        description="Column of a .csv file that holds the name; without such a column names are "
+        "empty, unless it was asked for here",
+    )
+    charge: int = Field(
+        default=0,
+        ge=-20,
+        le=20,
+        description="Total charge of .xyz frames whose comment line has no charge= (in units of "
+        "e); other formats carry their own",
+    )
+    multiplicity: int | None = Field(
+        default=None,
+        ge=1,
+        le=20,
+        json_schema_extra=_default("the lowest possible: 1 or 2"),
+        description="Spin multiplicity 2S+1 of .xyz frames whose comment line has no multiplicity=",
+    )
+    limit: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra=_default("all"),
+        description="Read only the first so many entries, bad ones included",
+    )
+
+
+class _StageBase(_Table):
+    name: _Name = Field(
+        json_schema_extra=_default("the kernel's name"),
+        description="Name of the stage in tables and in `from`; unique in the file",
+    )
+    kernel: str = Field(description="What the stage computes")
+    from_: str | None = Field(
+        default=None,
+        alias="from",
+        json_schema_extra=_default("the stage before"),
+        description="Name of an earlier stage whose geometries this one starts from; the first "
+        "stage starts from the files, an embed stage from the molecular graph",
+    )
+    pool: _Name = Field(
+        default="cpu", description="Pool of workers, as the site names them, that runs the stage"
+    )
+    time_limit: Seconds = Field(
+        default=600.0, gt=0, description="Time after which one item is stopped and recorded"
+    )
+    memory_limit: Bytes = Field(
+        default=2_000_000_000,
+        ge=100_000_000,
+        description="Memory that one item may use before it is stopped and recorded",
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """Exactly what, beside the input, determines the result: this enters the task's key."""
+        raise NotImplementedError
+
+    def programs(self) -> dict[str, str]:
+        """Programs that do the work and their installed versions, which enter the task's key.
+
+        Raises CampaignError, with the command that installs it, for one that is missing.
+        """
+        raise NotImplementedError
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of the kernel's own code, which enters the task's key."""
+        raise NotImplementedError
+
+
+class EmbedStage(_StageBase):
+    """`kernel = "embed"`: three-dimensional geometries from the molecular graph (ETKDGv3)."""
+
+    kernel: Literal["embed"]
+    conformers: int = Field(
+        default=1,
+        ge=1,
+        le=10_000,
+        description="Geometries per molecule, each a task with a seed of its own",
+    )
+    max_attempts: int = Field(
+        default=50,
+        ge=1,
+        le=100_000,
+        description="Embedding attempts per geometry before it counts as failed",
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines one conformer.
+
+        Their number is left out: asking for five later finds the first one done.
+        """
+        return {"max_attempts": self.max_attempts}
+
+    def programs(self) -> dict[str, str]:
+        """RDKit and its version."""
+        return {"rdkit": _installed_version("rdkit", self.name)}
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of `kernels.embedding`."""
+        from kernels.embedding import VERSION
+
+        return VERSION
+
+
+class MmffStage(_StageBase):
+    """`kernel = "mmff"`: force field minimisation, MMFF94 or, where it lacks parameters, UFF."""
+
+    kernel: Literal["mmff"]
+    max_steps: int = Field(
+        default=2000,
+        ge=1,
+        le=10_000_000,
+        description="Minimiser steps before the item counts as not converged",
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines the minimum found."""
+        return {"max_steps": self.max_steps}
+
+    def programs(self) -> dict[str, str]:
+        """RDKit and its version."""
+        return {"rdkit": _installed_version("rdkit", self.name)}
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of `kernels.forcefield`."""
+        from kernels.forcefield import VERSION
+
+        return VERSION
+
+
+class RelaxStage(_StageBase):
+    """`kernel = "relax"`: relaxation at a level of theory with an ASE optimizer."""
+
+    kernel: Literal["relax"]
+    level: str = Field(default="GFN2-xTB", description="Level of theory")
+    program: str = Field(
+        default=_FIRST_PROGRAM,
+        json_schema_extra=_default("the level's first: tblite for GFN2-xTB"),
+        description="Program that computes the level; never mixed inside a study, since programs "
+        "differ in the last digits",
+    )
+    optimizer: Literal["BFGS", "LBFGS", "FIRE", "Sella"] = Field(
+        default="BFGS", description="ASE optimizer; Sella searches a minimum here"
+    )
+    fmax: Force = Field(
+        default=0.03,
+        gt=0,
+        le=1.0,
+        description="The relaxation ends when no atom feels a larger force",
+    )
+    max_steps: int = Field(
+        default=500,
+        ge=1,
+        le=10_000_000,
+        description="Optimizer steps before the item counts as not converged",
+    )
+    max_step_length: Length = Field(
+        default=0.2, gt=0, le=1.0, description="Longest move of an atom in one optimizer step"
+    )
+    electronic_temperature: Temperature = Field(
+        default=300.0,
+        gt=0,
+        le=20_000,
+        description="Electronic temperature of the SCF; levels without an SCF ignore it",
+    )
+    save_forces: bool = Field(
+        default=False, description="Also store the forces of every frame, in eV/Å"
+    )
+
+    @field_validator("level")
+    @classmethod
+    def _known_level(cls, level: str) -> str:
+        if level not in calculators.levels():
+            raise ValueError(f"is not a level of theory; {_choose(level, calculators.levels())}")
+        return level
+
+    @field_validator("program", mode="before")
+    @classmethod
+    def _known_program(cls, program: object, info: ValidationInfo) -> object:
+        programs = tuple(calculators.levels().get(info.data.get("level", ""), ()))
+        if program == _FIRST_PROGRAM and programs:
+            return programs[0]
+        if isinstance(program, str) and programs and program not in programs:
+            level = info.data["level"]
+            raise ValueError(f"does not compute {level}; {_choose(program, programs)}")
+        return program
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines the relaxed geometry and the frames kept, with every default filled in.
+
+        Units: fmax eV/Å, max_step_length Å, electronic_temperature K.
+        """
+        settings: dict[str, Setting] = {
+            "level": self.level,
+            "program": self.program,
+            "optimizer": self.optimizer,
+            "fmax": float(self.fmax),
+            "max_steps": self.max_steps,
+            "max_step_length": float(self.max_step_length),
+            "save_forces": self.save_forces,
+        }
+        if self.level not in _LEVELS_WITHOUT_SCF:
+            settings["electronic_temperature"] = float(self.electronic_temperature)
+        return settings
+
+    def programs(self) -> dict[str, str]:
+        """The program of the level, and Sella where it is the optimizer, with their versions."""
+        versions = {self.program: _installed_version(self.program, self.name)}
+        if self.optimizer == "Sella":
+            versions["sella"] = _installed_version("sella", self.name)
+        return versions
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of `kernels.relaxation`."""
+        from kernels.relaxation import VERSION
+
+        return VERSION
+
+
+class RehearseStage(_StageBase):
+    """`kernel = "rehearse"`: no chemistry; time spent and faults made as asked.
+
+    For trying out a site, a time limit or a campaign's size before the real stages run there.
+    """
+
+    kernel: Literal["rehearse"]
+    conformers: int = Field(
+        default=1, ge=1, le=10_000, description="Items per molecule, where the stage is the first"
+    )
+    seconds: Seconds = Field(default=0.0, ge=0, description="Time that each item takes")
+    busy: bool = Field(default=False, description="Compute for that time, instead of sleeping")
+    faults: dict[str, Literal["segfault", "exit", "hang", "memory", "error"]] = Field(
+        default={},
+        json_schema_extra=_default("{}"),
+        description="What goes wrong with which molecule, by canonical SMILES",
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """Everything there is to set."""
+        faults = {smiles: str(fault) for smiles, fault in self.faults.items()}
+        return {"seconds": float(self.seconds), "busy": self.busy, "faults": faults}
+
+    def programs(self) -> dict[str, str]:
+        """None: nothing is computed."""
+        return {}
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of the rehearsal."""
+        return 1
+
+
+Stage: TypeAlias = EmbedStage | MmffStage | RelaxStage | RehearseStage
+
+STAGES: Final[
+    Mapping[str, type[EmbedStage] | type[MmffStage] | type[RelaxStage] | type[RehearseStage]]
+] = {
+    "embed": EmbedStage,
+    "mmff": MmffStage,
+    "relax": RelaxStage,
+    "rehearse": RehearseStage,
+}
+_LEVELS_WITHOUT_SCF: Final = frozenset({"MMFF94"})
+
+
+class RunSettings(_Table):
+    """`[run]`: how the work is moved about; nothing here changes a result or its key."""
+
+    bundle_time: Seconds = Field(
+        default=10.0, gt=0, description="Estimated time of the items that travel together"
+    )
+    checkpoint_every: Seconds = Field(
+        default=60.0, gt=0, description="Time between two saved states of a running relaxation"
+    )
+    seal_every: Seconds = Field(
+        default=30.0, gt=0, description="Longest time a finished row waits to be on disk"
+    )
+    window: int = Field(default=2, ge=1, le=1000, description="Bundles queued per worker")
+    crash_limit: int = Field(
+        default=2, ge=1, le=100, description="Crashes after which an item is set aside for good"
+    )
+
+
+class Campaign(_Table):
+    """One campaign file, read and checked."""
+
+    name: _Name = Field(description="Name of the campaign")
+    store: Path = Field(
+        json_schema_extra=_default("<name>.basin beside the campaign file"),
+        description="Folder of the results, relative to the campaign file; ~ and $VARIABLES are "
+        "expanded",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="Root of all random streams; the same seed gives the same results",
+    )
+    molecules: MoleculeSource = Field(description="Where the molecules come from")
+    stages: tuple[Annotated[Stage, Field(discriminator="kernel")], ...] = Field(
+        strict=False, min_length=1, description="What is done to each molecule, in order"
+    )
+    run: RunSettings = Field(default=RunSettings(), description="How the work is moved about")
+    path: Path = Field(description="The campaign file itself", exclude=True)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name; raises CampaignError naming the nearest."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = [stage.name for stage in self.stages]
+        raise CampaignError(f'{self.path}: there is no stage "{name}"; {_choose(name, names)}')
+
+
+def load_campaign(path: Path) -> Campaign:
+    """The campaign in a TOML file, checked, with paths made absolute and defaults filled in.
+
+    Raises CampaignError listing every problem found, each with file, line, field, value, what is
+    wrong and what to write.
+    """
+    path = Path(path)
+    text = _read(path)
+    raw = _parse_toml(text, path)
+    problems = _Problems(path, _line_numbers(text), raw)
+    filled = _fill_in(raw, path, problems)
+    campaign: Campaign | None = None
+    try:
+        campaign = Campaign.model_validate(filled)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            problems.translate(detail)
+    _check_tree(raw, problems)
+    _check_sources(raw, path, problems)
+    problems.raise_if_any()
+    assert campaign is not None
+    return campaign
+
+
+# Reading the file
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise CampaignError(
+            f"{path}:{line}: the file is not UTF-8 text (byte 0x{error.object[error.start]:02x}); "
+            "save it as UTF-8"
+        ) from None
+    except FileNotFoundError:
+        raise CampaignError(f"{path}: there is no such file{_nearby(path)}") from None
+    except IsADirectoryError:
+        raise CampaignError(
+            f"{path}: is a folder, not a campaign file{_nearby(path / 'campaign.toml')}"
+        ) from None
+    except OSError as error:
+        raise CampaignError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _nearby(path: Path) -> str:
+    """The campaign files a person may have meant, for the end of a message."""
+    folders = [path.parent, path.parent / "jobs", Path("jobs")]
+    found: dict[Path, str] = {}
+    for folder in folders:
+        try:
+            candidates = sorted(folder.glob("*.toml"))
+        except OSError:
+            continue
+        for file in candidates:
+            if file.name != "pyproject.toml":
+                found.setdefault(file.resolve(), str(file))
+    if not found:
+        return "; no .toml file is near it either: check the folder you are in"
+    near = sorted(
+        found.values(),
+        key=lambda name: -difflib.SequenceMatcher(None, Path(name).name, path.name).ratio(),
+    )
+    more = f" and {len(near) - 5} more" if len(near) > 5 else ""
+    return f"; near it: {', '.join(near[:5])}{more}"
+
+
+_TOML_POSITION: Final = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)$")
+_TOML_HINTS: Final = (
+    ("Unescaped '\\'", "write the text in single quotes, or double each backslash"),
+    ("Invalid value", 'text needs quotes: key = "text"; true and false are lower case'),
+    ("Cannot overwrite", "the key appears twice in its table; keep one of them"),
+    ("Cannot declare", "the table is declared twice; merge the two, or write [[stages]]"),
+    ("Illegal character", "a text must end on its line; is a closing quote missing?"),
+    ("Expected '=' after a key", 'a line is: key = value, [table], or "# comment"'),
+    ("Unclosed array", "a closing ] or a comma is missing"),
+    ("Invalid initial character", "a key is a plain word: letters, digits, _ and -"),
+)
+
+
+def _parse_toml(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = str(error)
+    position = _TOML_POSITION.search(message)
+    lines = text.splitlines() or [""]
+    if position is not None and position[1]:
+        row, column = int(position[1]), int(position[2])
+    else:
+        row, column = len(lines), len(lines[-1]) + 1
+    what = _TOML_POSITION.sub("", message)
+    what = what[:1].lower() + what[1:]
+    shown = lines[row - 1] if row <= len(lines) else ""
+    hint = next((f"; {hint}" for start, hint in _TOML_HINTS if message.startswith(start)), "")
+    if message.startswith("Invalid value") and not shown[column - 1 :].strip():
+        hint = "; a value is missing here, or a bracket above is not closed"
+    caret = re.sub(r"[^\t]", " ", shown[: column - 1]) + "^"
+    raise CampaignError(
+        f"{path}:{row}:{column}: not valid TOML: {what}{hint}\n    {shown}\n    {caret}"
+    )
+
+
+Location: TypeAlias = tuple[str | int, ...]
+
+_TABLE_LINE: Final = re.compile(r"\s*(\[\[?)\s*([\w.\-]+)\s*\]")
+_KEY_LINE: Final = re.compile(r"""\s*["']?([\w-]+(?:\s*\.\s*[\w-]+)*)["']?\s*=""")
+
+
+def _line_numbers(text: str) -> dict[Location, int]:
+    """Line of every table and key, which the TOML parser does not tell."""
+    lines: dict[Location, int] = {}
+    table: Location = ()
+    counts: dict[str, int] = {}
+    inside = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not inside:
+            if match := _TABLE_LINE.match(line):
+                table = tuple(match[2].split("."))
+                if match[1] == "[[":
+                    counts[match[2]] = counts.get(match[2], -1) + 1
+                    table = (*table, counts[match[2]])
+                lines.setdefault(table, number)
+            elif match := _KEY_LINE.match(line):
+                keys = tuple(re.split(r"\s*\.\s*", match[1]))
+                lines.setdefault((*table, *keys), number)
+        for quotes in ('"""', "'''"):
+            if line.count(quotes) % 2 and inside in ("", quotes):
+                inside = "" if inside else quotes
+    return lines
+
+
+# Problems, gathered so that one run of the command shows all of them
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    line: int
+    message: str
+
+
+class _Problems:
+    """The problems of one file, each in the words of the file and not of the validator."""
+
+    def __init__(self, path: Path, lines: dict[Location, int], raw: dict[str, Any]) -> None:
+        self.path = path
+        self._lines = lines
+        self._raw = raw
+        self._found: list[_Problem] = []
+
+    def add(self, location: Location, message: str) -> None:
+        """A problem whose message already names field and value; `location` gives its line."""
+        problem = _Problem(self.line(location), message)
+        if problem not in self._found:
+            self._found.append(problem)
+
+    def add_value(self, location: Location, value: object, what: str) -> None:
+        """A problem of one field and its value."""
+        self.add(location, f"{self.field(location)} = {_show(value)}: {what}")
+
+    def line(self, location: Location) -> int:
+        """Line of a field, or of the innermost table around it that has one; 0 if none."""
+        for length in range(len(location), 0, -1):
+            for place in (location[:length], (*location[:length], 0)):
+                if place in self._lines:
+                    return self._lines[place]
+        return 0
+
+    def _written(self, location: Location, otherwise: object) -> object:
+        """A value as it stands in the file, before any conversion."""
+        found: Any = self._raw
+        for part in location:
+            try:
+                found = found[part]
+            except (KeyError, IndexError, TypeError):
+                return otherwise
+        return found
+
+    def field(self, location: Location) -> str:
+        """A field as a person would call it: `[run] window`, `stage 2 (gfn2): fmax`."""
+        names = [str(part) for part in location if isinstance(part, str)]
+        if location[:1] == ("stages",) and len(location) > 1:
+            return f"{self._stage(location)}: {'.'.join(names[1:])}".rstrip(": ")
+        if len(names) > 1 and names[0] in _TABLES:
+            return f"[{names[0]}] {'.'.join(names[1:])}"
+        return ".".join(names)
+
+    def _stage(self, location: Location) -> str:
+        index = int(location[1])
+        stages = self._raw.get("stages")
+        stage = stages[index] if isinstance(stages, list) and index < len(stages) else {}
+        name = _stage_name(stage)
+        return f"stage {index + 1} ({name})" if name else f"stage {index + 1}"
+
+    def translate(self, detail: Mapping[str, Any]) -> None:
+        """One error of the validator, in plain words."""
+        kind: str = detail["type"]
+        location = _file_location(detail["loc"])
+        context: Mapping[str, Any] = detail.get("ctx", {})
+        value: object = self._written(location, detail["input"])
+        info = _field_info(detail["loc"])
+        if kind == "missing":
+            self._missing(location)
+        elif kind == "extra_forbidden":
+            self._unknown(location, value)
+        elif kind == "union_tag_not_found":
+            self.add(location, f"{self.field(location)}: kernel is missing; {_kernels()}")
+        elif kind == "union_tag_invalid":
+            kernel = value.get("kernel") if isinstance(value, dict) else value
+            self.add_value(
+                (*location, "kernel"), kernel, f"is not a kernel; {_choose(str(kernel), STAGES)}"
+            )
+        elif kind == "too_short" and value:
+            pass  # not short in the file: its members have problems of their own
+        elif kind == "too_short" and location == ("stages",):
+            self.add(location, f"stages: there is none; {_kernels()}")
+        else:
+            self.add_value(location, value, _what_is_wrong(kind, context, value, info))
+
+    def _missing(self, location: Location) -> None:
+        table: object = self._written(location[:-1], {})
+        strangers = (
+            [key for key in table if key not in _keys(Campaign)] if isinstance(table, dict) else []
+        )
+        if difflib.get_close_matches(str(location[-1]), strangers, n=1):
+            return  # its misspelling is reported already, with this name beside it
+        remedies: dict[Location, str] = {
+            ("name",): 'is missing; write for example name = "my-campaign" at the top of the file',
+            ("molecules",): 'is missing; write a [molecules] table with files = ["my.smi"]',
+            ("molecules", "files"): 'is missing; write for example files = ["my.smi"]',
+            ("stages",): f"is missing; {_kernels()}",
+        }
+        what = remedies.get(location, "is missing; it has no default")
+        self.add(location, f"{self.field(location)} {what}")
+
+    def _unknown(self, location: Location, value: object) -> None:
+        key = str(location[-1])
+        here = _valid_keys(location[:-1], self._raw)
+        if location == ("stage",):
+            what = "write [[stages]]"
+        elif elsewhere := [place for place, keys in _all_keys() if key in keys]:
+            what = f"belongs {' or '.join(elsewhere)}, not here"
+            if elsewhere == [_TOP]:
+                what += "; in TOML a line belongs to the last [table] above it"
+        else:
+            what = _choose(key, here)
+        self.add_value(location, value, f"unknown key; {what}")
+
+    def raise_if_any(self) -> None:
+        """Raises one CampaignError with all problems in the order of the file."""
+        if not self._found:
+            return
+        lines = [
+            f"{self.path}:{p.line}: {p.message}" if p.line else f"{self.path}: {p.message}"
+            for p in sorted(self._found, key=lambda p: p.line)
+        ]
+        if len(lines) > 1:
+            lines.insert(0, f"{len(lines)} problems in {self.path}")
+        raise CampaignError("\n".join(lines))
+
+
+_TOP: Final = "at the top of the file, above the first [table]"
+_TABLES: Final[Mapping[str, type[_Table]]] = {"molecules": MoleculeSource, "run": RunSettings}
+
+
+def _file_location(location: Location) -> Location:
+    """The validator's location without the kernel it puts after a stage's number."""
+    if location[:1] == ("stages",) and len(location) > 2 and location[2] in STAGES:
+        return (*location[:2], *location[3:])
+    return location
+
+
+def _model_of(location: Location) -> type[_Table] | None:
+    """The model of the table that holds a field, from the validator's location."""
+    if len(location) == 1:
+        return Campaign
+    if location[0] == "stages":
+        return STAGES.get(str(location[2])) if len(location) > 3 else None
+    return _TABLES.get(str(location[0]))
+
+
+def _field_info(location: Location) -> FieldInfo | None:
+    model = _model_of(location)
+    if model is None:
+        return None
+    names = [part for part in location if isinstance(part, str)]
+    return {_key(name, info): info for name, info in model.model_fields.items()}.get(names[-1])
+
+
+def _key(name: str, info: FieldInfo) -> str:
+    return info.alias or name
+
+
+def _keys(model: type[_Table]) -> list[str]:
+    return [_key(name, info) for name, info in model.model_fields.items() if not info.exclude]
+
+
+def _valid_keys(table: Location, raw: Mapping[str, Any]) -> list[str]:
+    if table[:1] == ("stages",) and len(table) == 2:
+        return _keys(STAGES[raw["stages"][table[1]]["kernel"]])
+    return _keys(_TABLES[str(table[0])]) if table else _keys(Campaign)
+
+
+def _all_keys() -> Iterator[tuple[str, list[str]]]:
+    yield _TOP, _keys(Campaign)
+    for table, model in _TABLES.items():
+        yield f"in [{table}]", _keys(model)
+    for kernel, model in STAGES.items():
+        yield f'in a [[stages]] table with kernel = "{kernel}"', _keys(model)
+
+
+def _kernels() -> str:
+    return f"write [[stages]] with kernel = {_either(STAGES)}"
+
+
+def _either(names: Iterable[str]) -> str:
+    *most, last = [f'"{name}"' for name in dict.fromkeys(names)]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _choose(word: str, names: Iterable[str]) -> str:
+    """The nearest valid name if one is near, then what there is to choose from."""
+    by_folded = {name.casefold(): name for name in names}
+    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
+    if near:
+        return f'did you mean "{by_folded[near[0]]}"?'
+    return f"there is {_either(by_folded.values())}"
+
+
+def _show(value: object) -> str:
+    """A value as the file would write it, short enough for one line."""
+    if isinstance(value, Path):
+        value = str(value)
+    try:
+        text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+_WRONG_TYPE: Final[Mapping[str, str]] = {
+    "int_type": "must be a whole number, without quotes",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number, without quotes",
+    "finite_number": "must be a finite number",
+    "string_type": 'must be text in quotes, such as "text"',
+    "bool_type": "must be true or false, without quotes",
+    "path_type": 'must be text in quotes, such as "results/first"',
+    "is_instance_of": 'must be text in quotes, such as "results/first"',
+    "tuple_type": 'must be a list, such as ["first.smi", "second.smi"]',
+    "model_type": "must be a table",
+    "model_attributes_type": "must be a table",
+    "dict_type": "must be a table",
+}
+_BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
+    "greater_than": ("gt", "must be more than"),
+    "greater_than_equal": ("ge", "must be at least"),
+    "less_than": ("lt", "must be less than"),
+    "less_than_equal": ("le", "must be at most"),
+}
+
+
+def _what_is_wrong(
+    kind: str, context: Mapping[str, Any], value: object, info: FieldInfo | None
+) -> str:
+    dimension = _dimension(info)
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return f"{words} {_in_units(context[key], dimension)}{_bare_unit(value, dimension)}"
+    if kind == "literal_error" and info is not None:
+        return f"is none of the choices; {_choose(str(value), get_args(info.annotation))}"
+    if kind == "string_pattern_mismatch":
+        return "may hold letters, digits and . _ - only, and starts with a letter or a digit"
+    if kind == "string_too_long":
+        return f"is longer than {context['max_length']} characters"
+    if kind == "too_short":
+        return 'is empty; write for example ["first.smi", "second.smi"]'
+    if kind == "string_too_short":
+        return "is empty; write a text between the quotes"
+    return _WRONG_TYPE.get(kind, "cannot be used here")
+
+
+def _dimension(info: FieldInfo | None) -> Dimension | None:
+    metadata = info.metadata if info is not None else ()
+    return next((m for m in metadata if isinstance(m, Dimension)), None)
+
+
+def _in_units(value: float, dimension: Dimension | None) -> str:
+    if dimension is None:
+        return str(value)
+    if dimension is MEMORY:
+        return format_bytes(value)
+    if dimension is TIME and value > 0:
+        return format_seconds(value)
+    return f"{value:g} {dimension.unit}"
+
+
+def _bare_unit(value: object, dimension: Dimension | None) -> str:
+    if dimension is None or isinstance(value, str):
+        return ""
+    return f"; a bare number is in {dimension.unit}: {dimension.expected}"
+
+
+# What the file leaves out, and rules that span several fields
+
+
+def _stage_name(stage: object) -> str:
+    if not isinstance(stage, dict):
+        return ""
+    name = stage.get("name", stage.get("kernel"))
+    return name if isinstance(name, str) else ""
+
+
+def _fill_in(raw: dict[str, Any], path: Path, problems: _Problems) -> dict[str, Any]:
+    """A copy of the file's content with the defaults that depend on the rest of it."""
+    filled = dict(raw)
+    if "path" in filled:
+        problems.add_value(
+            ("path",), filled["path"], f"unknown key; {_choose('path', _keys(Campaign))}"
+        )
+    filled["path"] = path.resolve()
+    stages = raw.get("stages")
+    if isinstance(stages, dict):
+        problems.add(("stages",), "[stages]: write [[stages]], with two brackets on each side")
+        stages = [stages]
+    if isinstance(stages, list):
+        filled["stages"] = [_fill_in_stage(stages, i) for i in range(len(stages))]
+    for table in _TABLES:
+        if isinstance(raw.get(table), list):
+            problems.add((table, 0), f"[[{table}]]: write [{table}], with one bracket on each side")
+            filled[table] = raw[table][0] if raw[table] else {}
+    name = raw.get("name")
+    store = raw.get("store", f"{name}.basin" if isinstance(name, str) else "unnamed.basin")
+    if isinstance(store, str):
+        filled["store"] = _store_path(store, path, problems)
+    return filled
+
+
+def _store_path(store: str, path: Path, problems: _Problems) -> Path:
+    try:
+        expanded = expand(store)
+    except ValueError as error:
+        problems.add_value(("store",), store, str(error))
+        expanded = "unknown"
+    if not store.strip():
+        problems.add_value(("store",), store, "is empty; name a folder, or leave the line out")
+    return Path(os.path.normpath(path.resolve().parent / expanded))
+
+
+def _fill_in_stage(stages: Sequence[Any], index: int) -> Any:
+    stage = stages[index]
+    if not isinstance(stage, dict):
+        return stage
+    filled = dict(stage)
+    if _stage_name(stage):
+        filled.setdefault("name", _stage_name(stage))
+    if index > 0 and stage.get("kernel") != "embed" and _stage_name(stages[index - 1]):
+        filled.setdefault("from", _stage_name(stages[index - 1]))
+    return filled
+
+
+def _check_tree(raw: Mapping[str, Any], problems: _Problems) -> None:
+    """Names are unique, and every stage starts from an earlier one."""
+    stages = raw.get("stages")
+    if not isinstance(stages, list):
+        return
+    seen: dict[str, int] = {}
+    names = [_stage_name(stage) for stage in stages]
+    for index, stage in enumerate(stages):
+        name = names[index]
+        if name in seen:
+            first = problems.line(("stages", seen[name]))
+            problems.add(
+                ("stages", index),
+                f'stage {index + 1}: name = "{name}": stage {seen[name] + 1} (line {first}) has '
+                f'this name too; give one of them another, such as name = "{name}-2"',
+            )
+        elif name:
+            seen[name] = index
+        origin = stage.get("from") if isinstance(stage, dict) else None
+        if isinstance(origin, str):
+            what = _wrong_origin(origin, stage, index, names)
+            if what:
+                problems.add_value(("stages", index, "from"), origin, what)
+
+
+def _wrong_origin(
+    origin: str, stage: Mapping[str, Any], index: int, names: Sequence[str]
+) -> str | None:
+    earlier = [name for name in names[:index] if name]
+    if stage.get("kernel") == "embed":
+        return "an embed stage starts from the molecular graph alone; leave the line out"
+    if origin in earlier:
+        return None
+    if not earlier:
+        return "the first stage starts from the files; leave the line out"
+    if origin in names[index:]:
+        return f"a stage can only start from an earlier one: {_either(earlier)}"
+    return f"no earlier stage has this name; {_choose(origin, earlier)}"
+
+
+def _check_sources(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
+    """Every named file has a known format, and one with geometries if no stage makes them."""
+    source, stages = raw.get("molecules"), raw.get("stages")
+    files = source.get("files") if isinstance(source, dict) else None
+    if not isinstance(files, list):
+        return
+    first = stages[0] if isinstance(stages, list) and stages else None
+    kernel = first.get("kernel") if isinstance(first, dict) else None
+    for pattern in files:
+        if not isinstance(pattern, str) or not pattern:
+            continue
+        location: Location = ("molecules", "files")
+        try:
+            formats = _formats(pattern, path)
+        except ValueError as error:
+            problems.add_value(location, pattern, str(error))
+            continue
+        if unknown := [name for name, known in formats.items() if known is None]:
+            problems.add_value(
+                location,
+                unknown[0],
+                f"is of no known format; use {', '.join(FORMATS)}, each also with .gz",
+            )
+        flat = [n for n, known in formats.items() if known and known not in GEOMETRY_FORMATS]
+        if flat and kernel in ("mmff", "relax"):
+            problems.add_value(
+                location,
+                flat[0],
+                f'holds no geometry for {problems.field(("stages", 0))}, kernel "{kernel}", to '
+                f'start from; put a [[stages]] with kernel = "embed" before it, or give '
+                f"files of {', '.join(GEOMETRY_FORMATS)}",
+            )
+
+
+def _formats(pattern: str, path: Path) -> dict[str, str | None]:
+    """Format of what a pattern names; the files are looked at only if its ending is open."""
+    known = file_format(pattern)
+    if known is not None or not set("*?[") & set(Path(pattern).name):
+        return {pattern: known}
+    return {str(file): file_format(str(file)) for file in match_files(pattern, path.parent)}
+
+
+# What is installed
+
+
+def _installed_version(program: str, stage: str) -> str:
+    try:
+        return calculators.program_version(program)
+    except KernelError as error:
+        raise CampaignError(f'stage "{stage}": {error}') from None
+
+
+# The table of fields
+
+
+@dataclass(frozen=True, slots=True)
+class FieldDescription:
+    """One field of the campaign file, as the documentation lists it."""
+
+    path: str
+    type: str
+    unit: str
+    default: str
+    description: str
+
+
+def describe_fields() -> list[FieldDescription]:
+    """Every field of the campaign file in its order, with type, unit, default and description.
+
+    Fields that only one kernel has are written `stages[relax].fmax`.
+    """
+    fields = [
+        *_describe("", Campaign, skip={"path", "molecules", "stages", "run"}),
+        *_describe("molecules.", MoleculeSource),
+        *_describe("stages.", _StageBase),
+    ]
+    shared = set(_StageBase.model_fields)
+    for kernel, model in STAGES.items():
+        fields += _describe(f"stages[{kernel}].", model, skip=shared)
+    return [*fields, *_describe("run.", RunSettings)]
+
+
+def _describe(
+    prefix: str, model: type[_Table], skip: Iterable[str] = ()
+) -> Iterator[FieldDescription]:
+    for name, info in model.model_fields.items():
+        if name in skip:
+            continue
+        dimension = _dimension(info)
+        yield FieldDescription(
+            path=prefix + _key(name, info),
+            type=_either(STAGES) if name == "kernel" else _type_words(info, dimension),
+            unit=dimension.unit if dimension else "",
+            default=_default_words(info, dimension),
+            description=info.description or "",
+        )
+
+
+def _type_words(info: FieldInfo, dimension: Dimension | None) -> str:
+    if dimension is not None:
+        return dimension.name
+    return _annotation_words(info.annotation)
+
+
+_TYPE_WORDS: Final[Mapping[Any, str]] = {
+    str: "text",
+    int: "whole number",
+    bool: "true or false",
+    Path: "path",
+}
+
+
+def _annotation_words(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return _either(get_args(annotation))
+    if origin is Annotated:
+        return _annotation_words(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return _annotation_words(next(a for a in get_args(annotation) if a is not type(None)))
+    if origin is tuple:
+        return f"list of {_annotation_words(get_args(annotation)[0])}"
+    return _TYPE_WORDS[annotation]
+
+
+def _default_words(info: FieldInfo, dimension: Dimension | None) -> str:
+    if isinstance(info.json_schema_extra, dict):
+        return str(info.json_schema_extra["default"])
+    if info.is_required():
+        return "required"
+    if dimension is not None:
+        return _in_units(info.default, dimension)
+    return _show(info.default)

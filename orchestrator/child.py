@@ -1,0 +1,125 @@
+"""The guarded child process: runs kernels item by item and reports to the worker's guard.
+
+Started as ``python -m orchestrator.child FD SHARED_FD`` by `orchestrator.guard`. It may hang,
+crash or be killed in the middle of anything; whoever watches it knows which item was running
+from a small shared memory, and has all results that were sent before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import signal
+import struct
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+SHARED_BYTES = 64
+_CURRENT = struct.Struct("<qd")
+_STOP_AT = 32
+_SEND_EVERY_S = 0.005
+_SEND_BYTES = 1 << 20
+_PR_SET_PDEATHSIG = 1
+
+
+class Shared:
+    """The memory that guard and child share: running item, its start, and the stop flag."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._map = mmap.mmap(descriptor, SHARED_BYTES)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._map.close()
+
+    def set_current(self, item: int) -> None:
+        """Say which item runs from now on; -1 for none."""
+        _CURRENT.pack_into(self._map, 0, item, time.monotonic())
+
+    def current(self) -> tuple[int, float]:
+        """Return the running item (-1: none) and the monotonic time at which it started."""
+        item, since = _CURRENT.unpack_from(self._map, 0)
+        return item, since
+
+    def set_stop(self, stop: bool) -> None:
+        """Ask the child to stop after the running item, saving its state if it can."""
+        self._map[_STOP_AT] = int(stop)
+
+    def stop(self) -> bool:
+        """Tell whether a stop was asked for."""
+        return bool(self._map[_STOP_AT])
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the thread that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _failure(exc: BaseException) -> dict[str, Any]:
+    status = getattr(exc, "status", None)
+    if status is None:
+        status = "resource" if isinstance(exc, MemoryError) else "crash"
+    message = str(exc) or type(exc).__name__
+    if status == "crash":
+        where = traceback.extract_tb(exc.__traceback__)[-1]
+        message = f"{type(exc).__name__}: {message} ({where.name}, line {where.lineno})"
+    return {
+        "status": status,
+        "message": message,
+        "ladder": tuple(getattr(exc, "history", ())),
+    }
+
+
+def _run(connection: Connection, shared: Shared, stage: Any, work: list[Any]) -> None:
+    from orchestrator.kernel_calls import call
+
+    ready: list[tuple[int, dict[str, Any]]] = []
+    size = 0
+    sent = 0.0
+    for index, payload in work:
+        if shared.stop():
+            break
+        shared.set_current(index)
+        started, wall, cpu = time.time(), time.perf_counter(), time.process_time()
+        try:
+            outcome = call(stage, payload, shared.stop)
+        except Exception as exc:
+            outcome = _failure(exc)
+        outcome["wall_s"] = time.perf_counter() - wall
+        outcome["cpu_s"] = time.process_time() - cpu
+        outcome["started_s"] = started
+        ready.append((index, outcome))
+        size += outcome.get("nbytes", 200)
+        now = time.monotonic()
+        if now - sent > _SEND_EVERY_S or size > _SEND_BYTES:
+            connection.send(("results", ready))
+            ready, size, sent = [], 0, now
+        shared.set_current(-1)
+    connection.send(("done", ready))
+
+
+def main() -> None:
+    """Serve batches of work until the other end closes."""
+    die_with_parent()
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    shared = Shared(int(sys.argv[2]))
+    while True:
+        try:
+            stage, work = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            _run(connection, shared, stage, work)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""The `basin` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.errors import BasinError, CampaignError, StoreError
+
+if TYPE_CHECKING:
+    from orchestrator.campaign import Campaign
+    from orchestrator.store import Store
+
+EXIT_UNFINISHED = 5
+
+app = typer.Typer(
+    name="basin",
+    help="Relaxation and sampling campaigns over potential energy surfaces.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Exit status: 0 done; 2 campaign, site or usage wrong; 3 store not usable; 4 the run "
+        "broke off; 5 stopped before all was done (start again to go on)."
+    ),
+)
+
+CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.toml", help="Campaign file.")]
+Place = Annotated[
+    Path, typer.Argument(metavar="STORE|CAMPAIGN.toml", help="Store folder, or campaign file.")
+]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Store folder instead of the campaign file's.")
+]
+SiteOption = Annotated[
+    str, typer.Option("--site", help="Machine: a name, or a Python file giving a Parsl config.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Workers on this machine (default: cores).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def _campaign(path: Path, store: Path | None = None) -> Campaign:
+    from orchestrator.campaign import load_campaign
+
+    campaign = load_campaign(path)
+    return campaign.model_copy(update={"store": store.absolute()}) if store else campaign
+
+
+def _open(place: Path) -> Store:
+    from orchestrator.store import open_store
+
+    return open_store(place)
+
+
+def _campaign_of(place: Path) -> tuple[Campaign, Store]:
+    """Return the campaign and its store, from either's path."""
+    from orchestrator.store import Store
+
+    if place.suffix == ".toml":
+        campaign = _campaign(place)
+        return campaign, Store(campaign.store)
+    store = Store(place)
+    try:
+        about = json.loads((store.path / "control" / "campaign_file.json").read_text())
+    except (OSError, ValueError) as exc:
+        raise StoreError(
+            f"{store.path}: does not say which campaign file it was made from; give that file"
+        ) from exc
+    path = Path(about["path"])
+    if not path.exists():
+        raise CampaignError(
+            f"{path}: the campaign file that made {store.path} is not there any more; give its "
+            "present path"
+        )
+    return _campaign(path, store.path), store
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, default=str))
+
+
+@app.command()
+def plan(
+    file: CampaignFile,
+    store: StoreOption = None,
+    site: SiteOption = "local",
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a campaign and say what would run; nothing is started."""
+    from orchestrator.forecast import forecast
+    from orchestrator.sites import load_site
+
+    campaign = _campaign(file, store)
+    found = forecast(campaign, load_site(site, workers=workers))
+    if as_json:
+        _print_json(asdict(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from orchestrator.show import duration
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{campaign.name}: {found.entries:,} entries, {found.molecules:,} molecules, "
+        f"{found.duplicates:,} repeated, {found.bad:,} that cannot be read",
+        markup=False,
+    )
+    for line in found.bad_examples:
+        console.print(f"  {line}", markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("what")
+    table.add_column("pool")
+    for name in ("tasks", "done", "bundles", "core-hours"):
+        table.add_column(name, justify="right")
+    for s in found.stages:
+        table.add_row(
+            s.stage,
+            s.what,
+            s.pool,
+            f"{s.tasks:,}",
+            f"{s.done:,}",
+            f"{s.bundles:,}",
+            f"{s.core_hours:.3g}",
+        )
+    console.print(table)
+    console.print(
+        f"about {found.core_hours:.3g} core-hours, {duration(found.wall_s)} on site "
+        f"{found.site!r} ({', '.join(f'{p}: {n} workers' for p, n in found.workers.items())}); "
+        f"estimates from {found.estimates_from}",
+        markup=False,
+    )
+    console.print(f"results go to {campaign.store}", markup=False)
+    for pool, script in found.batch_scripts.items():
+        console.print(f"\nbatch script for pool {pool}:\n{script.rstrip()}", markup=False)
+
+
+@app.command()
+def run(
+    file: CampaignFile,
+    store: StoreOption = None,
+    site: SiteOption = "local",
+    workers: WorkersOption = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run failed tasks again (bad input excepted).")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write report.html into the store at the end.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a campaign, or go on with it: the same command again resumes.
+
+    Ctrl-C finishes the running items and stops; a second Ctrl-C stops at once. Neither loses
+    finished work.
+    """
+    from orchestrator.run import Driver
+    from orchestrator.shard import write_whole
+    from orchestrator.show import Shower, counts_table, duration
+    from orchestrator.sites import load_site
+
+    campaign = _campaign(file, store)
+    loaded = load_site(site, workers=workers)
+    with Shower(as_json=as_json) as shower:
+        driver = Driver(campaign, loaded, retry_failed=retry_failed, show=shower)
+        origin = json.dumps({"path": str(campaign.path.absolute())}).encode()
+        write_whole(driver.store.path / "control" / "campaign_file.json", origin)
+        try:
+            summary = driver.run()
+        except KeyboardInterrupt:
+            print(
+                "stopped at once; finished work is kept, the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130) from None
+    problems = driver.store.snapshot().problems
+    page = None
+    if report:
+        from orchestrator.report import write_report
+
+        page = write_report(driver.store, driver.store.path / "report.html", counts=summary.counts)
+    if as_json:
+        _print_json(
+            {
+                "event": "end",
+                **asdict(summary),
+                "problems": problems,
+                "store": str(driver.store.path),
+                "report": str(page) if page else None,
+            }
+        )
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(counts_table(summary.counts))
+        console.print(
+            f"{summary.entries:,} entries read, {summary.bad_entries:,} bad; "
+            f"{summary.done_now:,} tasks done now ({summary.done_before:,} before) in "
+            f"{duration(summary.elapsed_s)}, {summary.core_s / 3600:.3g} core-hours",
+            markup=False,
+        )
+        _print_problems(problems)
+        if page is not None:
+            from orchestrator.report import findings
+
+            for line in findings(driver.store):
+                console.print(line, markup=False)
+            console.print(f"report: {page}", markup=False)
+        else:
+            console.print(f"results: {driver.store.path}", markup=False)
+    if not summary.complete:
+        if not as_json:
+            print("not finished: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(EXIT_UNFINISHED)
+
+
+def _print_problems(problems: dict[str, str]) -> None:
+    for message in problems.values():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@app.command()
+def status(place: Place, as_json: JsonOption = False) -> None:
+    """Say how a campaign stands: planned = ok + failed + cut off + waiting."""
+    from orchestrator import lock
+    from orchestrator.status import stand
+
+    campaign, store = _campaign_of(place)
+    found = stand(campaign, store)
+    running = lock.is_running(store.path)
+    if as_json:
+        _print_json({"running": running, "driver": lock.who(store.path), **asdict(found)})
+        return
+    from rich.console import Console
+
+    from orchestrator.show import counts_table
+
+    console = Console(highlight=False, soft_wrap=True)
+    holder = lock.who(store.path)
+    state = "not running"
+    if running:
+        state = f"running (process {holder.get('pid')} on {holder.get('host')})"
+    more = "" if found.plan_complete else " so far"
+    console.print(
+        f"{campaign.name}: {state}; {found.entries:,} entries read{more}, {found.bad_entries:,} "
+        "bad",
+        markup=False,
+    )
+    console.print(counts_table(found.counts))
+    if found.failures:
+        classes = ", ".join(f"{name}: {n:,}" for name, n in sorted(found.failures.items()))
+        console.print(f"failures by class: {classes}", markup=False)
+    _print_problems(found.problems)
+    if sum(c.waiting for c in found.counts) and not running:
+        console.print(f"`basin run {campaign.path}` goes on with what waits", markup=False)
+
+
+@app.command()
+def explain(
+    what: Annotated[str, typer.Argument(metavar="KEY|SMILES", help="Task, molecule or SMILES.")],
+    place: Place,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a molecule or a task is (not) done."""
+    from orchestrator.status import explain as explained
+
+    campaign, store = _campaign_of(place)
+    lines = explained(campaign, store, what)
+    if as_json:
+        _print_json({"lines": lines})
+    else:
+        print("\n".join(lines))
+
+
+@app.command()
+def query(
+    sql: Annotated[
+        str, typer.Argument(help="SQL over molecules, geometries, relaxations, frames, tasks.")
+    ],
+    place: Place,
+    as_json: JsonOption = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    limit: Annotated[int, typer.Option(help="Rows shown on a terminal.")] = 50,
+) -> None:
+    """Answer a DuckDB SQL query over the store's tables."""
+    table = _open(place).query(sql)
+    if as_json:
+        _print_json(table.to_pylist())
+    elif csv:
+        import pyarrow.csv
+
+        pyarrow.csv.write_csv(table, sys.stdout.buffer)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        shown = Table(box=None, pad_edge=False)
+        for name in table.column_names:
+            shown.add_column(name)
+        for row in table.slice(0, limit).to_pylist():
+            shown.add_row(*(_cell(value) for value in row.values()))
+        Console(highlight=False).print(shown)
+        if table.num_rows > limit:
+            print(f"... {table.num_rows:,} rows in all; --limit shows more, --csv all")
+
+
+def _cell(value: Any) -> str:
+    from rich.markup import escape
+
+    if isinstance(value, float):
+        return f"{value:.6g}" if abs(value) < 1e4 else f"{value:.4f}"
+    return escape("" if value is None else str(value))
+
+
+@app.command()
+def export(
+    place: Place,
+    target: Annotated[Path, typer.Argument(help="File or folder to write.")],
+    kind: Annotated[
+        str, typer.Option("--as", help="parquet, sdf, extxyz or hdf5 (default: from the name).")
+    ] = "",
+    table: Annotated[str | None, typer.Option(help="Only this table (parquet).")] = None,
+    stage: Annotated[str | None, typer.Option(help="Geometries of this stage.")] = None,
+    frames: Annotated[bool, typer.Option("--frames", help="Whole paths (extxyz).")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target.")] = False,
+) -> None:
+    """Write results for other programs: Parquet, SDF, extended xyz, one HDF5 file."""
+    from orchestrator.export import export as export_to
+
+    endings = {".sdf": "sdf", ".xyz": "extxyz", ".extxyz": "extxyz", ".h5": "hdf5"}
+    kind = kind or endings.get(target.suffix, "parquet")
+    print(
+        export_to(
+            _open(place), kind, target, table=table, stage=stage, frames=frames, overwrite=overwrite
+        )
+    )
+
+
+@app.command()
+def report(
+    place: Place,
+    target: Annotated[
+        Path | None, typer.Argument(help="Default: report.html in the store.")
+    ] = None,
+) -> None:
+    """Write the report: one HTML file with figures, to read or to send."""
+    from orchestrator.report import write_report
+
+    counts = None
+    store = _open(place)
+    try:
+        from orchestrator.status import stand
+
+        counts = stand(*_campaign_of(place)).counts
+    except (CampaignError, StoreError):
+        pass  # a store without its campaign file is reported from what it holds
+    print(write_report(store, target or store.path / "report.html", counts=counts))
+
+
+@app.command()
+def compact(place: Place) -> None:
+    """Take sealed shards into segments now (a run does this by itself)."""
+    from orchestrator.compact import compact as take_in
+
+    print(f"{take_in(_open(place)):,} shards taken in")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, and which engines and sites work here."""
+    from orchestrator.doctor import examine
+
+    found = examine(Path.cwd())
+    broken = any(f.state == "broken" for f in found)
+    if as_json:
+        _print_json([asdict(f) for f in found])
+    else:
+        width = max(len(f.what) for f in found)
+        for f in found:
+            print(f"{f.what:<{width}}  {f.state:<8} {f.detail}")
+    if broken:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; every error of Basin's own ends as one message, never a traceback."""
+    try:
+        app()
+    except BasinError as exc:
+        print(f"basin: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Rows of a table in memory, column by column: build from records, select, join end to end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.schema import TABLES, Column, TableSchema
+
+Array = NDArray[Any]
+
+
+@dataclass(slots=True)
+class Varlen:
+    """A run of values per row: row i owns ``values[ptr[i]:ptr[i+1]]``; ptr is (R+1,) int64."""
+
+    values: Array
+    ptr: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ptr) - 1
+
+    def __getitem__(self, row: int) -> Array:
+        values: Array = self.values[self.ptr[row] : self.ptr[row + 1]]
+        return values
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> Varlen:
+        """Return the given rows, in the given order."""
+        lengths = (self.ptr[1:] - self.ptr[:-1])[rows]
+        ptr = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=ptr[1:])
+        index = np.arange(ptr[-1]) + np.repeat(self.ptr[:-1][rows] - ptr[:-1], lengths)
+        return Varlen(self.values[index], ptr)
+
+    def strings(self) -> list[str]:
+        """Decode each row as UTF-8."""
+        data = self.values.tobytes()
+        ptr = self.ptr.tolist()
+        return [data[a:b].decode() for a, b in itertools.pairwise(ptr)]
+
+
+@dataclass(slots=True)
+class Category:
+    """A string per row out of a small set: ``names[codes[i]]``; codes is (R,) uint16."""
+
+    codes: NDArray[np.uint16]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> Category:
+        """Return the given rows, in the given order."""
+        return Category(self.codes[rows], self.names)
+
+    def equals(self, name: str) -> NDArray[np.bool_]:
+        """Return a mask (R,) of the rows that hold ``name``."""
+        if name not in self.names:
+            return np.zeros(len(self.codes), bool)
+        mask: NDArray[np.bool_] = self.codes == self.names.index(name)
+        return mask
+
+    def strings(self) -> list[str]:
+        """Return the string of each row."""
+        return [self.names[code] for code in self.codes.tolist()]
+
+
+Values = Array | Varlen | Category
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of one table; ``columns`` may hold fewer columns than the schema (a projection)."""
+
+    schema: TableSchema
+    columns: dict[str, Values] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[name]
+
+    def take(self, rows: NDArray[Any]) -> Rows:
+        """Return the given rows (indices, or a boolean mask) in the given order."""
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        taken = {
+            name: values.take(rows) if isinstance(values, Varlen | Category) else values[rows]
+            for name, values in self.columns.items()
+        }
+        return Rows(self.schema, taken)
+
+    def nbytes(self) -> int:
+        """Return the memory held by the columns, in bytes."""
+        total = 0
+        for values in self.columns.values():
+            if isinstance(values, Varlen):
+                total += values.values.nbytes + values.ptr.nbytes
+            elif isinstance(values, Category):
+                total += values.codes.nbytes
+            else:
+                total += values.nbytes
+        return total
+
+
+def key_words(key: bytes) -> tuple[int, int]:
+    """Return the two big-endian words of a key's first 16 bytes."""
+    return int.from_bytes(key[:8], "big"), int.from_bytes(key[8:16], "big")
+
+
+def key_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+    """Return keys as (K, 2) uint64, big-endian words, so that order and hexadecimal agree."""
+    packed = b"".join(key[:16] for key in keys)
+    return np.frombuffer(packed, ">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def key_bytes(words: Iterable[int]) -> bytes:
+    """Return the 16 bytes of a key from its two words."""
+    hi, lo = words
+    return int(hi).to_bytes(8, "big") + int(lo).to_bytes(8, "big")
+
+
+def strings_to_varlen(strings: Sequence[str]) -> Varlen:
+    """Return strings as UTF-8 bytes with a row pointer."""
+    encoded = [s.encode("utf-8", "replace") for s in strings]
+    ptr = np.zeros(len(encoded) + 1, np.int64)
+    if encoded:
+        np.cumsum([len(e) for e in encoded], out=ptr[1:])
+    return Varlen(np.frombuffer(b"".join(encoded), np.uint8), ptr)
+
+
+def category(strings: Sequence[str]) -> Category:
+    """Return strings as codes into the set of those that occur."""
+    index: dict[str, int] = {}
+    codes = [index.setdefault(s, len(index)) for s in strings]
+    return Category(np.array(codes, np.uint16), list(index))
+
+
+def _ragged(column: Column, cells: Sequence[Any]) -> Varlen:
+    tail = (column.width,) if column.width else ()
+    arrays = [np.asarray(cell, column.dtype).reshape(-1, *tail) for cell in cells]
+    ptr = np.zeros(len(arrays) + 1, np.int64)
+    if arrays:
+        np.cumsum([len(a) for a in arrays], out=ptr[1:])
+    values = np.concatenate(arrays) if arrays else np.zeros((0, *tail), column.dtype)
+    return Varlen(values, ptr)
+
+
+def from_records(table: str, records: Sequence[Mapping[str, Any]]) -> Rows:
+    """Build rows from one mapping per row; every column of the table must be in each."""
+    schema = TABLES[table]
+    columns: dict[str, Values] = {}
+    for column in schema.columns:
+        cells = [record[column.name] for record in records]
+        if column.kind == "key":
+            columns[column.name] = key_array(cells)
+        elif column.kind == "scalar":
+            columns[column.name] = np.array(cells, column.dtype)
+        elif column.kind == "string":
+            columns[column.name] = strings_to_varlen(cells)
+        elif column.kind == "category":
+            columns[column.name] = category(cells)
+        else:
+            columns[column.name] = _ragged(column, cells)
+    return Rows(schema, columns)
+
+
+def empty(table: str, names: Sequence[str] | None = None) -> Rows:
+    """Return no rows, with all columns or the named ones."""
+    rows = from_records(table, [])
+    if names is not None:
+        rows.columns = {name: rows.columns[name] for name in names}
+    return rows
+
+
+def concat(parts: Sequence[Rows]) -> Rows:
+    """Join rows of one table end to end (all parts hold the same columns)."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Values] = {}
+    for name in parts[0].columns:
+        pieces = [part.columns[name] for part in parts]
+        first = pieces[0]
+        if isinstance(first, Varlen):
+            offset = 0
+            ptrs = [np.zeros(1, np.int64)]
+            for piece in pieces:
+                ptrs.append(piece.ptr[1:] + offset)  # type: ignore[union-attr]
+                offset += int(piece.ptr[-1])  # type: ignore[union-attr]
+            values = np.concatenate([piece.values for piece in pieces])  # type: ignore[union-attr]
+            joined[name] = Varlen(values, np.concatenate(ptrs))
+        elif isinstance(first, Category):
+            index: dict[str, int] = {}
+            codes = []
+            for piece in pieces:
+                assert isinstance(piece, Category)
+                table = [index.setdefault(s, len(index)) for s in piece.names] or [0]
+                codes.append(np.array(table, np.uint16)[piece.codes])
+            joined[name] = Category(np.concatenate(codes), list(index))
+        else:
+            joined[name] = np.concatenate(pieces)  # type: ignore[arg-type]
+    return Rows(parts[0].schema, joined)

@@ -1,0 +1,180 @@
+"""Compaction: shards into large sorted segments, published by numbered manifests.
+
+Any process may run it, several may race, any may die: a shard counts until the manifest that
+says it was taken in is published, and a segment only counts from then on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator import hdf5, manifest, shard
+from orchestrator.columns import Rows, concat
+from orchestrator.errors import CorruptShardError, StoreVersionError
+from orchestrator.manifest import Manifest, Segment
+from orchestrator.schema import TABLES
+from orchestrator.store import Store, drop_duplicates
+
+PASS_BYTES = 192 << 20
+SEGMENT_ROWS = 1_000_000
+SEGMENT_BYTES = 512 << 20
+GRACE_S = 24 * 3600.0
+STRAY_S = 48 * 3600.0
+
+
+def compact(store: Store, *, grace_s: float = GRACE_S) -> int:
+    """Take in every sealed shard; return how many were taken in.
+
+    Superseded files are deleted once they are older than ``grace_s`` seconds.
+    """
+    taken = 0
+    while True:
+        count, more = _one_pass(store)
+        taken += count
+        if not more:
+            break
+    _delete_old(store, grace_s)
+    return taken
+
+
+def _one_pass(store: Store) -> tuple[int, bool]:
+    current = manifest.newest(store.path / "manifest")
+    read: list[str] = []
+    quarantine = dict(current.quarantine)
+    parts: dict[str, list[Rows]] = {name: [] for name in TABLES}
+    size = 0
+    more = False
+    for path in sorted(store.sealed_shards()):
+        name = str(path.relative_to(store.path))
+        if name in current.consumed or name in current.quarantine:
+            continue
+        if size > PASS_BYTES:
+            more = True
+            break
+        try:
+            with shard.open_shard(path) as file:
+                for table in file.tables():
+                    parts[table].append(file.read(table))
+            read.append(name)
+            size += path.stat().st_size
+        except CorruptShardError as exc:
+            quarantine[name] = str(exc)
+        except StoreVersionError:
+            continue  # a newer Basin wrote it: left for that one to take in
+        except FileNotFoundError:
+            return 0, True  # taken in and deleted by another process: look again
+    segments = list(current.segments)
+    now = time.time()
+    superseded = dict(current.superseded)
+    made: list[Segment] = []
+    for table, pieces in parts.items():
+        if pieces:
+            kept, new = _merge(store, table, segments, pieces, current.generation + 1)
+            gone = [s.file for s in segments if s.table == table and s not in kept]
+            superseded.update(dict.fromkeys(gone, now))
+            segments = [s for s in segments if s.table != table] + kept + new
+            made += new
+    if not read and quarantine == current.quarantine:
+        return 0, False
+    published = manifest.publish(
+        store.path / "manifest",
+        Manifest(
+            current.generation + 1,
+            tuple(segments),
+            {**_still_there(store, current.consumed), **dict.fromkeys(read, now)},
+            _still_there(store, superseded),
+            quarantine,
+        ),
+    )
+    if not published:
+        for segment in made:
+            (store.path / segment.file).unlink(missing_ok=True)
+        return 0, True
+    return len(read), more
+
+
+def _still_there(store: Store, files: dict[str, float]) -> dict[str, float]:
+    return {name: since for name, since in files.items() if (store.path / name).exists()}
+
+
+def _merge(
+    store: Store, table: str, segments: list[Segment], pieces: list[Rows], generation: int
+) -> tuple[list[Segment], list[Segment]]:
+    """Return the old segments that stay, and the new ones made of ``pieces`` and the others."""
+    rows = drop_duplicates(concat(pieces))
+    mine = [s for s in segments if s.table == table]
+    kept: list[Segment] = []
+    absorbed: list[Rows] = []
+    total_rows, total_bytes = len(rows), rows.nbytes()
+    for segment in sorted(mine, key=lambda s: s.bytes):
+        path = store.path / segment.file
+        with hdf5.TableFile(path, str(path)) as file:
+            names = ["key", "status"] if table == "tasks" else ["key"]
+            held = file.read(table, names)
+            twins = np.isin(rows["key"][:, 0], held["key"][:, 0])
+            # Few, steadily larger segments: a small one is merged, a large one is left alone
+            # unless a retried task of it has a better row now.
+            small = segment.rows + total_rows <= SEGMENT_ROWS and (
+                segment.bytes + total_bytes <= SEGMENT_BYTES and segment.rows <= 4 * total_rows
+            )
+            if twins.any() and table != "tasks":
+                pairs = set(map(tuple, held["key"].tolist()))
+                fresh = [tuple(key) not in pairs for key in rows["key"].tolist()]
+                rows = rows.take(np.array(fresh, bool))
+            elif twins.any():
+                small = True
+            if small:
+                piece = file.read(table)
+                absorbed.append(piece)
+                total_rows += len(piece)
+                total_bytes += piece.nbytes()
+            else:
+                kept.append(segment)
+    merged = drop_duplicates(concat([*absorbed, rows])) if absorbed else rows
+    if not len(merged):
+        return mine, []
+    by = merged["mol_key"] if "mol_key" in merged.columns else merged["key"]
+    order = np.lexsort((merged["key"][:, 1], merged["key"][:, 0], by[:, 1], by[:, 0]))
+    merged = merged.take(order)
+    step = max(1, int(len(merged) * min(1.0, 2 * SEGMENT_BYTES / max(1, merged.nbytes()))))
+    new = []
+    for start in range(0, len(merged), step):
+        piece = merged.take(np.arange(start, min(start + step, len(merged))))
+        data = hdf5.build([piece], kind=f"segment:{table}", campaign=store.name, packed=True)
+        name = f"segments/{table}-{generation:06d}-{uuid.uuid4().hex[:8]}.h5"
+        shard.write_whole(store.path / name, data)
+        new.append(Segment(name, table, len(piece), len(data), zlib.crc32(data)))
+    return kept, new
+
+
+def _delete_old(store: Store, grace_s: float) -> None:
+    current = manifest.newest(store.path / "manifest")
+    now = time.time()
+    live = {segment.file for segment in current.segments}
+    for name, since in [*current.consumed.items(), *current.superseded.items()]:
+        if name not in live and now - since > grace_s:
+            (store.path / name).unlink(missing_ok=True)
+    for folder in (store.path / "segments", store.path / "manifest", *_inboxes(store)):
+        for entry in os.scandir(folder):
+            name = str(Path(entry.path).relative_to(store.path))
+            stray = entry.name.startswith(shard.TEMPORARY) or (
+                name.startswith("segments/") and name not in live
+            )
+            if stray and now - entry.stat().st_mtime > STRAY_S:
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def _inboxes(store: Store) -> Iterator[Path]:
+    return (Path(e.path) for e in os.scandir(store.path / "inbox") if e.is_dir())
+
+
+if __name__ == "__main__":
+    compact(Store(sys.argv[1]))

@@ -1,0 +1,126 @@
+"""What works here: engines (by computing something with each), sites, the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at: ``state`` is `ok`, `missing` (optional) or `broken`."""
+
+    what: str
+    state: str
+    detail: str
+
+
+def _versions() -> list[Finding]:
+    found = [
+        Finding(
+            "Python",
+            "ok" if sys.version_info >= (3, 11) else "broken",
+            f"{sys.version.split()[0]} at {sys.executable}",
+        )
+    ]
+    for package in ("parsl", "rdkit", "ase", "h5py", "duckdb", "pyarrow"):
+        try:
+            found.append(Finding(package, "ok", version(package)))
+        except PackageNotFoundError:
+            found.append(Finding(package, "broken", "not installed; run `make` again"))
+    return found
+
+
+def _engine(what: str, package: str, extra: str, try_out: str) -> Finding:
+    """Try an engine in a process of its own, since a broken one may take its process down."""
+    import subprocess
+
+    if importlib.util.find_spec(package) is None:
+        return Finding(what, "missing", f"optional: pip install 'basin-orchestrator[{extra}]'")
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", try_out],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    last = lines[-1] if lines else f"exit status {done.returncode}"
+    state = "ok" if done.returncode == 0 else "broken"
+    return Finding(what, state, f"{last} ({time.monotonic() - start:.1f} s with start-up)")
+
+
+_WATER = (
+    "import numpy as np\n"
+    "from ase import Atoms\n"
+    "from kernels.calculators import make_calculator, program_version\n"
+    "atoms = Atoms('OH2', [(0, 0, 0.12), (0, 0.76, -0.47), (0, -0.76, -0.47)])\n"
+    "atoms.calc = make_calculator('GFN2-xTB', program='{0}', charge=0, multiplicity=1)\n"
+    "print(program_version('{0}') + ': GFN2-xTB energy of water %.4f eV'"
+    " % atoms.get_potential_energy())\n"
+)
+_MMFF = (
+    "from kernels.embedding import embed\n"
+    "from kernels.forcefield import minimise\n"
+    "made = minimise('CCO', embed('CCO', seed=1, max_attempts=10).positions, max_steps=500)\n"
+    "print('%s energy of ethanol %.4f eV' % (made.force_field, made.energy_eV))\n"
+)
+
+
+def _sites() -> list[Finding]:
+    from orchestrator.errors import SiteError
+    from orchestrator.sites import known_sites, load_site
+
+    found = []
+    for name in known_sites():
+        try:
+            pools = load_site(name).pools()
+        except SiteError as exc:
+            found.append(Finding(f"site {name}", "broken", str(exc)))
+        else:
+            detail = ", ".join(f"pool {pool}: {n} workers" for pool, n in pools.items())
+            found.append(Finding(f"site {name}", "ok", detail))
+    return found
+
+
+def _machine(folder: Path) -> list[Finding]:
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    disk = shutil.disk_usage(folder)
+    found = [Finding("machine", "ok", f"{cores} cores, {memory:.0f} GB of memory")]
+    state = "ok" if disk.free > 2e9 else "broken"
+    found.append(Finding("disk here", state, f"{disk.free / 1e9:.0f} GB free at {folder}"))
+    link = folder / f".basin-doctor-{os.getpid()}"
+    try:
+        link.touch()
+        os.link(link, f"{link}-2")
+        os.unlink(f"{link}-2")
+        found.append(Finding("hard links here", "ok", "a store can live here"))
+    except OSError as exc:
+        found.append(
+            Finding("hard links here", "broken", f"{exc.strerror}: put the store elsewhere")
+        )
+    finally:
+        link.unlink(missing_ok=True)
+    return found
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Look at versions, engines, sites, and the file system at ``folder``."""
+    return [
+        *_versions(),
+        _engine("RDKit (ETKDGv3, MMFF94)", "rdkit", "", _MMFF),
+        _engine("tblite (GFN2-xTB)", "tblite", "", _WATER.format("tblite")),
+        _engine("xtb-python (GFN2-xTB)", "xtb", "xtb", _WATER.format("xtb-python")),
+        _engine("Sella", "sella", "sella", "import sella\nprint('imports')"),
+        *_sites(),
+        *_machine(folder),
+    ]

@@ -1,0 +1,247 @@
+"""A guard around kernels: they run in a child process that may hang, crash or eat memory.
+
+A Python time-out cannot reach into C, so the guard watches from outside: a time limit and a
+memory limit per item, and a new child after a crash. pebble's process pool does this for single
+calls; here items come in hundreds that take microseconds to hours each, so results stream over
+one pipe and only a few bytes of shared memory tell which item is running.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from orchestrator.child import SHARED_BYTES, Shared
+
+POLL_S = 0.1
+RECYCLE_AFTER = 20_000
+KILL_LIMIT = 4
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_STACKSIZE": "512M",
+    "HDF5_USE_FILE_LOCKING": "FALSE",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class _Child:
+    """One child process with its pipe, its shared memory and what it wrote to stderr."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        memory = os.memfd_create("basin-guard")
+        os.truncate(memory, SHARED_BYTES)
+        self._stderr = os.memfd_create("basin-stderr")
+        self.shared = Shared(memory)
+        self.shared.set_current(-1)
+        self.items = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.child", str(theirs.fileno()), str(memory)],
+            pass_fds=(theirs.fileno(), memory),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            env={**os.environ, **_THREADS},
+        )
+        theirs.close()
+        os.close(memory)
+        self.connection = Connection(ours.detach())
+
+    def resident(self) -> int:
+        """Return the child's resident memory in bytes."""
+        try:
+            with open(f"/proc/{self.process.pid}/statm") as file:
+                return int(file.read().split()[1]) * _PAGE
+        except (OSError, IndexError):
+            return 0
+
+    def last_words(self) -> str:
+        """Return the first telling line of what the child wrote to stderr."""
+        text = os.pread(self._stderr, 1 << 16, 0).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[0][:200] if lines else ""
+
+    def close(self) -> None:
+        """Kill the process and free what belongs to it."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        self.shared.close()
+        os.close(self._stderr)
+
+
+class Guard:
+    """Runs items in a child process; whatever happens to it, every item gets an outcome."""
+
+    def __init__(self) -> None:
+        self._child: _Child | None = None
+        self.restarts = 0
+
+    def close(self) -> None:
+        """End the child process."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def run(
+        self,
+        stage: Any,
+        payloads: list[Any],
+        *,
+        time_limit: float,
+        memory_limit: int,
+        crash_limit: int = 2,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (index, outcome) for each payload, in order unless a crash intervenes.
+
+        An item whose crash repeats ``crash_limit`` times is given up.
+        ``time_limit`` (s) and ``memory_limit`` (bytes, resident) hold for each item. After
+        ``should_stop`` turns true the running item may save its state and end with status
+        `open`, and items that were not started have no outcome at all.
+        """
+        pending = dict(enumerate(payloads))
+        attempts = dict.fromkeys(pending, 0)
+        limits = dict.fromkeys(pending, memory_limit)
+        while pending:
+            if self._child is None or self._child.process.poll() is not None:
+                self.close()
+                self._child = _Child()
+            child = self._child
+            child.shared.set_stop(False)
+            done = False
+            try:
+                child.connection.send((stage, list(pending.items())))
+            except OSError:
+                self._replace()
+                continue
+            checked = time.monotonic()
+            while not done:
+                verdict: dict[str, Any] | None = None
+                current = -1
+                for index, outcome in self._receive(child):
+                    if index < 0:
+                        done = True
+                        continue
+                    pending.pop(index)
+                    outcome["attempts"] = attempts[index] + 1
+                    child.items += 1
+                    yield index, outcome
+                now = time.monotonic()
+                if done or now - checked < POLL_S:
+                    continue
+                checked = now
+                if should_stop():
+                    child.shared.set_stop(True)
+                current, since = child.shared.current()
+                if child.process.poll() is not None:
+                    # What it sent before it died is still in the pipe.
+                    for index, outcome in self._receive(child, 0.0):
+                        if index >= 0:
+                            pending.pop(index)
+                            outcome["attempts"] = attempts[index] + 1
+                            yield index, outcome
+                    verdict = self._autopsy(
+                        child, attempts, current if current in pending else -1, crash_limit
+                    )
+                elif current in pending and now - since > time_limit:
+                    verdict = _outcome(
+                        "timeout",
+                        f"not finished after its time limit of {time_limit:g} s "
+                        "(`time_limit` of the stage)",
+                    )
+                elif current in pending and child.resident() > limits[current]:
+                    attempts[current] += 1
+                    if attempts[current] < 2:
+                        limits[current] *= 2
+                        self._replace()
+                        break
+                    attempts[current] -= 1
+                    verdict = _outcome(
+                        "resource",
+                        f"needed more than {limits[current] / 1e9:.1f} GB, twice the stage's "
+                        "`memory_limit`; raise the limit to run it",
+                    )
+                    verdict["ladder"] = ("memory limit doubled",)
+                else:
+                    continue
+                self._replace()
+                if verdict is not None and current in pending:
+                    pending.pop(current)
+                    verdict.update(
+                        attempts=attempts[current] + 1,
+                        started_s=time.time() - (now - since),
+                        wall_s=now - since,
+                        cpu_s=0.0,
+                    )
+                    yield current, verdict
+                break
+            if done:
+                if child.shared.stop() or should_stop():
+                    return
+                if child.items >= RECYCLE_AFTER:
+                    self.close()
+            elif should_stop():
+                return
+
+    def _replace(self) -> None:
+        self.restarts += 1
+        self.close()
+
+    @staticmethod
+    def _receive(child: _Child, timeout: float = POLL_S) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield what the child sent; index -1 marks the end of the batch."""
+        try:
+            if not child.connection.poll(timeout):
+                return
+            while True:
+                kind, results = child.connection.recv()
+                yield from results
+                if kind == "done":
+                    yield -1, {}
+                    return
+                if not child.connection.poll(0):
+                    return
+        except (EOFError, OSError):
+            # A dead child; the loop sees that in its exit status.
+            time.sleep(POLL_S)
+
+    @staticmethod
+    def _autopsy(
+        child: _Child, attempts: dict[int, int], current: int, crash_limit: int
+    ) -> dict[str, Any] | None:
+        """Return why the running item is given up, or None if it gets another try."""
+        if current < 0:
+            return None
+        code = child.process.returncode
+        attempts[current] += 1
+        killed = code == -signal.SIGKILL
+        if attempts[current] < (KILL_LIMIT if killed else crash_limit):
+            return None
+        if killed:
+            status = "resource"
+            how = "killed by signal 9 each time, as the system does when memory runs out"
+        elif code < 0:
+            status = "crash"
+            how = f"died of {signal.Signals(-code).name}"
+        else:
+            status = "crash"
+            how = f"ended the process with exit status {code}"
+        words = child.last_words()
+        attempts[current] -= 1
+        tries = attempts[current] + 1
+        return _outcome(status, f"{how}, {tries} times{f': {words}' if words else ''}")
+
+
+def _outcome(status: str, message: str) -> dict[str, Any]:
+    return {"status": status, "message": message, "ladder": ()}

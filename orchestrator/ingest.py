@@ -1,0 +1,286 @@
+"""Reading the molecule files once, into chunks of the plan, ahead of the run.
+
+Runs as its own process, so that RDKit's work and memory stay out of the driver. A chunk is
+sealed into the inbox (it is data) and into ``plan/DIGEST/`` (the driver streams it from there,
+now and at every restart); an interrupted reading goes on after the last whole chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from orchestrator import shard
+from orchestrator.columns import Rows, from_records, key_words
+from orchestrator.key_index import KeyIndex
+from orchestrator.plan import NO_KEY, Plan, Root
+from orchestrator.store import Store
+
+if TYPE_CHECKING:
+    from kernels.graph import Molecule
+    from orchestrator.campaign import Campaign
+    from orchestrator.molecules import Entry
+
+CHUNK = 4096
+_FIRST_CHUNK = 128
+STAGE = "molecules"
+
+
+def molecule_key(molecule: Molecule) -> bytes:
+    """Return the 16-byte key of a molecule: what it is, not how it was written."""
+    parts = (molecule.smiles, molecule.numbers.tolist(), molecule.charge, molecule.multiplicity)
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()[:16]
+
+
+def geometry_key(mol_key: bytes, positions: np.ndarray[Any, Any]) -> bytes:
+    """Return the 16-byte key of a geometry read from a file (exact coordinates count)."""
+    return hashlib.sha256(mol_key + positions.astype("<f8").tobytes()).digest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sealed chunk of the plan: entries ``start`` to ``stop`` of the molecule files."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def plan_folder(store: Store, digest: str) -> Path:
+    """Return where the plan of molecule files with this digest lives."""
+    return store.path / "plan" / digest[:32]
+
+
+def chunks(folder: Path) -> list[Chunk]:
+    """Return the chunks sealed so far, in order, up to the first gap."""
+    found: dict[int, Chunk] = {}
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    for name in names:
+        if name.endswith(".h5") and not name.startswith("."):
+            start, stop = (int(part) for part in name.split("-")[:2])
+            found[start] = Chunk(folder / name, start, stop)
+    whole: list[Chunk] = []
+    at = 0
+    while at in found:
+        whole.append(found[at])
+        at = found[at].stop
+    return whole
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether the molecule files have been read to their end."""
+    return (folder / "complete").exists()
+
+
+def bad_entries(chunk: Chunk) -> int:
+    """Return how many entries of a chunk could not be read as molecules."""
+    with shard.open_shard(chunk.path) as file:
+        if not file.n_rows("tasks"):
+            return 0
+        return int(file.read("tasks", ["status"])["status"].equals("input").sum())
+
+
+def read_roots(chunk: Chunk, plan: Plan) -> list[Root]:
+    """Return where the tasks of a chunk's molecules start."""
+    with shard.open_shard(chunk.path) as file:
+        if not file.n_rows("molecules"):
+            return []
+        names = ["key", "smiles", "charge", "multiplicity", "n_atoms"]
+        molecules = file.read("molecules", names)
+        geometries = (
+            file.read("geometries", ["key", "mol_key"])
+            if plan.from_files and file.n_rows("geometries")
+            else None
+        )
+    keys = molecules["key"].astype(">u8").tobytes()
+    known = {
+        keys[16 * i : 16 * i + 16]: fields
+        for i, fields in enumerate(
+            zip(
+                molecules["smiles"].strings(),
+                molecules["charge"].tolist(),
+                molecules["multiplicity"].tolist(),
+                molecules["n_atoms"].tolist(),
+                strict=True,
+            )
+        )
+    }
+    if not plan.from_files:
+        return [Root(key, key, *fields) for key, fields in known.items()]
+    if geometries is None:
+        return []
+    origins = geometries["key"].astype(">u8").tobytes()
+    owners = geometries["mol_key"].astype(">u8").tobytes()
+    roots = []
+    for at in range(0, len(owners), 16):
+        owner = owners[at : at + 16]
+        roots.append(Root(owner, origins[at : at + 16], *known[owner]))
+    return roots
+
+
+def _molecule_record(entry: Entry, molecule: Molecule, key: bytes) -> dict[str, Any]:
+    return {
+        "key": key,
+        "smiles": molecule.smiles,
+        "name": entry.name,
+        "formula": molecule.formula,
+        "source": entry.source,
+        "line": entry.line,
+        "n_atoms": len(molecule.numbers),
+        "n_heavy": molecule.n_heavy,
+        "charge": molecule.charge,
+        "multiplicity": molecule.multiplicity,
+        "numbers": molecule.numbers,
+    }
+
+
+def _file_geometry_record(entry: Entry, molecule: Molecule, mol_key: bytes) -> dict[str, Any]:
+    return {
+        "key": geometry_key(mol_key, entry.positions),  # type: ignore[arg-type]
+        "mol_key": mol_key,
+        "parent_key": NO_KEY,
+        "stage": STAGE,
+        "method": "file",
+        "conformer": 0,
+        "energy_eV": np.nan,
+        "initial_energy_eV": np.nan,
+        "n_steps": 0,
+        "numbers": molecule.numbers,
+        "positions": entry.positions,
+    }
+
+
+def _entry_record(entry: Entry, status: str, message: str, mol_key: bytes) -> dict[str, Any]:
+    identity = f"{entry.source}\0{entry.line}\0{entry.text}".encode("utf-8", "replace")
+    return {
+        "key": hashlib.sha256(identity).digest()[:16],
+        "mol_key": mol_key,
+        "parent_key": NO_KEY,
+        "stage": STAGE,
+        "kernel": "read",
+        "status": status,
+        "message": message,
+        "attempts": 1,
+        "ladder": "",
+        "conformer": 0,
+        "seed": 0,
+        "source": entry.source,
+        "line": entry.line,
+        "host": "",
+        "block": "",
+        "worker_pid": os.getpid(),
+        "started_s": time.time(),
+        "wall_s": 0.0,
+        "cpu_s": 0.0,
+    }
+
+
+class Reader:
+    """Turns entries of molecule files into table rows, each molecule and geometry once."""
+
+    def __init__(self, with_geometries: bool) -> None:
+        self.with_geometries = with_geometries
+        self.seen = KeyIndex()
+
+    def rows(self, entries: list[Entry]) -> list[Rows]:
+        """Return molecules, geometries and tasks (bad and repeated entries) of some entries."""
+        molecules: list[dict[str, Any]] = []
+        geometries: list[dict[str, Any]] = []
+        tasks: list[dict[str, Any]] = []
+        here: set[bytes] = set()
+        for entry in entries:
+            molecule = entry.molecule
+            if molecule is None:
+                assert entry.error is not None
+                shown = f"{entry.error} [{entry.text}]" if entry.text else str(entry.error)
+                tasks.append(_entry_record(entry, "input", shown, NO_KEY))
+                continue
+            if self.with_geometries and entry.positions is None:
+                flat = "no 3D geometry in this record, and the first stage needs one"
+                remedy = "embed first, or give 3D coordinates"
+                tasks.append(_entry_record(entry, "input", f"{flat}; {remedy}", NO_KEY))
+                continue
+            key = molecule_key(molecule)
+            new = self.seen.add(*key_words(key))
+            geometry_new = False
+            if self.with_geometries and entry.positions is not None:
+                record = _file_geometry_record(entry, molecule, key)
+                geometry_new = self.seen.add(*key_words(record["key"]))
+                if geometry_new:
+                    geometries.append(record)
+            # A chunk is read by itself, so it repeats the molecule of every geometry it holds.
+            if (new or geometry_new) and key not in here:
+                here.add(key)
+                molecules.append(_molecule_record(entry, molecule, key))
+            if not new and not geometry_new:
+                message = f"same molecule as an earlier entry: {molecule.smiles}"
+                tasks.append(_entry_record(entry, "ok", message, key))
+        made = {"molecules": molecules, "geometries": geometries, "tasks": tasks}
+        return [from_records(name, records) for name, records in made.items() if records]
+
+
+def batches(entries: Iterator[Entry], start: int) -> Iterator[list[Entry]]:
+    """Yield entries in lists: a short one first, so that work can begin at once."""
+    size = _FIRST_CHUNK if start == 0 else CHUNK
+    while batch := list(itertools.islice(entries, size)):
+        yield batch
+        size = CHUNK
+
+
+def ingest(campaign: Campaign, store: Store, digest: str) -> None:
+    """Read the campaign's molecule files from where the last reading stopped."""
+    from orchestrator.molecules import find_files, read_entries
+
+    folder = plan_folder(store, digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    reader = Reader(Plan(campaign).from_files)
+    done = chunks(folder)
+    for chunk in done:
+        with shard.open_shard(chunk.path) as file:
+            for table in ("molecules", "geometries"):
+                if file.n_rows(table):
+                    keys = file.read(table, ["key"])["key"]
+                    reader.seen.extend(keys, np.zeros(len(keys), np.uint8))
+    start = done[-1].stop if done else 0
+    files = find_files(campaign.molecules, campaign.path.parent)
+    inbox = store.path / "inbox" / f"plan-{digest[:16]}"
+    inbox.mkdir(exist_ok=True)
+    for batch in batches(
+        itertools.islice(read_entries(files, campaign.molecules), start, None), start
+    ):
+        rows = reader.rows(batch)
+        name = f"{start:012d}-{start + len(batch):012d}"
+        if rows:
+            shard.seal(inbox, name, rows, store.name)
+        shard.seal(folder, name, rows, store.name)
+        start += len(batch)
+    shard.write_whole(folder / "complete", str(start).encode())
+
+
+def main() -> None:
+    """Entry point of the reading process: CAMPAIGN STORE DIGEST."""
+    from orchestrator.campaign import load_campaign
+    from orchestrator.errors import BasinError
+
+    try:
+        ingest(load_campaign(Path(sys.argv[1])), Store(sys.argv[2]), sys.argv[3])
+    except BasinError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(exc.exit_code)
+
+
+if __name__ == "__main__":
+    main()

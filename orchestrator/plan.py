@@ -1,0 +1,204 @@
+"""The plan: a campaign's stages as tasks, each with the key of what determines its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.campaign import Campaign, Stage
+from orchestrator.columns import key_array
+from orchestrator.errors import CampaignError
+from orchestrator.key_index import KeyIndex
+
+NO_KEY = bytes(16)
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """Return JSON with sorted keys and no spaces: equal settings give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Item(NamedTuple):
+    """One task on its way to a worker; ``hint`` is the shard that holds its parent's result."""
+
+    key: bytes
+    mol_key: bytes
+    parent_key: bytes
+    conformer: int
+    smiles: str
+    charge: int
+    multiplicity: int
+    n_atoms: int
+    hint: str = ""
+    losses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage: the part of its tasks' keys that they share, and how they are run."""
+
+    index: int
+    name: str
+    kernel: str
+    settings: dict[str, Any]
+    label: str
+    digest: bytes
+    parent: int
+    conformers: int
+    pool: str
+    time_limit: float
+    memory_limit: int
+
+    def key(self, origin: bytes, conformer: int) -> bytes:
+        """Return the 16-byte key of the task that starts from ``origin``.
+
+        ``origin`` is the parent task's key, or the molecule's where the stage has no parent;
+        both stand for all that went before.
+        """
+        head = self.digest + origin
+        if self.parent < 0:
+            head += conformer.to_bytes(4, "little")
+        return hashlib.sha256(head).digest()[:16]
+
+
+def _stage_plan(campaign: Campaign, index: int, stage: Stage, parent: int) -> StagePlan:
+    settings = stage.settings()
+    if stage.kernel == "embed":
+        settings = {**settings, "seed": campaign.seed}
+    programs = stage.programs()
+    determines = {
+        "kernel": stage.kernel,
+        "version": stage.kernel_version,
+        "settings": settings,
+        "programs": programs,
+    }
+    label = f"{stage.kernel} {stage.kernel_version}"
+    if programs:
+        label += f" ({', '.join(f'{name} {version}' for name, version in programs.items())})"
+    return StagePlan(
+        index=index,
+        name=stage.name,
+        kernel=stage.kernel,
+        settings=settings,
+        label=label,
+        digest=hashlib.sha256(canonical(determines)).digest(),
+        parent=parent,
+        conformers=int(getattr(stage, "conformers", 1)),
+        pool=stage.pool,
+        time_limit=stage.time_limit,
+        memory_limit=stage.memory_limit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where the tasks of a molecule start: its graph, or one geometry of it from a file."""
+
+    mol_key: bytes
+    origin: bytes
+    smiles: str
+    charge: int
+    multiplicity: int
+    n_atoms: int
+
+
+class Plan:
+    """All stages in the order they depend on each other."""
+
+    def __init__(self, campaign: Campaign) -> None:
+        names: dict[str, int] = {}
+        self.stages: list[StagePlan] = []
+        for index, stage in enumerate(campaign.stages):
+            parent = names[stage.from_] if stage.from_ is not None else -1
+            plan = _stage_plan(campaign, index, stage, parent)
+            for other in self.stages:
+                if (other.digest, other.parent) == (plan.digest, plan.parent):
+                    raise CampaignError(
+                        f"{campaign.path}: stages: {plan.name}: computes exactly what stage "
+                        f"{other.name!r} computes; remove one of them or change a setting"
+                    )
+            names[stage.name] = index
+            self.stages.append(plan)
+        self.children = [
+            [child.index for child in self.stages if child.parent == parent.index]
+            for parent in self.stages
+        ]
+        self.depth: list[int] = []
+        for plan in self.stages:
+            self.depth.append(self.depth[plan.parent] + 1 if plan.parent >= 0 else 0)
+
+    @property
+    def from_files(self) -> bool:
+        """Whether molecules bring their geometry instead of being embedded."""
+        return all(s.kernel not in ("embed", "rehearse") for s in self.stages if s.parent < 0)
+
+    def chains(self, root: Root) -> Iterator[tuple[int, list[bytes]]]:
+        """Yield (conformer, the key of each stage) for everything planned for one root."""
+        conformers = max((s.conformers for s in self.stages if s.parent < 0), default=1)
+        for conformer in range(conformers):
+            keys: list[bytes] = []
+            for stage in self.stages:
+                origin = root.origin if stage.parent < 0 else keys[stage.parent]
+                keys.append(stage.key(origin, conformer) if origin else b"")
+                if stage.parent < 0 and conformer >= stage.conformers:
+                    keys[-1] = b""
+            yield conformer, keys
+
+
+@dataclass(slots=True)
+class Standing:
+    """How the planned tasks of some roots stand: per stage ok, failed, cut off, and what to do."""
+
+    ok: list[int]
+    failed: list[int]
+    upstream: list[int]
+    planned: list[int]
+    ready: list[list[Item]]
+
+
+def standing(plan: Plan, roots: list[Root], index: KeyIndex) -> Standing:
+    """Compare what is planned for some roots with the finished tasks of the store."""
+    n = len(plan.stages)
+    result = Standing([0] * n, [0] * n, [0] * n, [0] * n, [[] for _ in range(n)])
+    chains = [(root, c, keys) for root in roots for c, keys in plan.chains(root)]
+    codes: list[NDArray[np.uint8]] = [
+        index.lookup(key_array([keys[s] or NO_KEY for _, _, keys in chains])) for s in range(n)
+    ]
+    table = np.array(codes).T.tolist() if chains else []
+    for (root, conformer, keys), code in zip(chains, table, strict=True):
+        dead: list[bool] = []
+        for stage in plan.stages:
+            s = stage.index
+            if not keys[s]:
+                dead.append(True)
+                continue
+            result.planned[s] += 1
+            cut = stage.parent >= 0 and dead[stage.parent]
+            dead.append(cut or code[s] not in (0, 255))
+            if cut:
+                result.upstream[s] += 1
+            elif code[s] == 0:
+                result.ok[s] += 1
+            elif code[s] != 255:
+                result.failed[s] += 1
+            elif stage.parent < 0 or code[stage.parent] == 0:
+                parent_key = root.origin if stage.parent < 0 else keys[stage.parent]
+                result.ready[s].append(
+                    Item(
+                        keys[s],
+                        root.mol_key,
+                        parent_key,
+                        conformer,
+                        root.smiles,
+                        root.charge,
+                        root.multiplicity,
+                        root.n_atoms,
+                    )
+                )
+    return result

@@ -1,0 +1,204 @@
+"""The tables of a store: names, columns, types and units, in shards and segments alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEMA_VERSION = 1
+
+STATUSES = (
+    "ok",
+    "input",
+    "embed",
+    "convergence",
+    "not_finite",
+    "timeout",
+    "crash",
+    "resource",
+    "lost",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a table.
+
+    ``kind`` is ``key`` (two u8 words of a SHA-256), ``scalar``, ``string``, ``category``
+    (a string from a small set, held as codes) or ``ragged`` (a run of values per row).
+    Ragged columns of one table that name the same ``pointer`` share their row pointer.
+    """
+
+    name: str
+    kind: str
+    long_name: str
+    dtype: str = "u1"
+    unit: str = ""
+    pointer: str = ""
+    width: int = 0
+    raw: bool = False
+
+
+def _key(name: str, long_name: str) -> Column:
+    return Column(name, "key", long_name, dtype="<u8")
+
+
+def _scalar(name: str, dtype: str, long_name: str, unit: str = "") -> Column:
+    return Column(name, "scalar", long_name, dtype=dtype, unit=unit)
+
+
+def _category(name: str, long_name: str) -> Column:
+    return Column(name, "category", long_name, dtype="<u2")
+
+
+def _string(name: str, long_name: str) -> Column:
+    return Column(name, "string", long_name, pointer=name)
+
+
+def _atoms(name: str, dtype: str, long_name: str, unit: str = "", width: int = 0) -> Column:
+    return Column(name, "ragged", long_name, dtype, unit, "atom", width, raw=width == 3)
+
+
+@dataclass(frozen=True, slots=True)
+class TableSchema:
+    """One table: its name and its columns, the first of which is the row's key."""
+
+    name: str
+    description: str
+    columns: tuple[Column, ...]
+
+    def column(self, name: str) -> Column:
+        """Return the column of that name; ``KeyError`` when there is none."""
+        for column in self.columns:
+            if column.name == name:
+                return column
+        raise KeyError(name)
+
+
+TABLES: dict[str, TableSchema] = {
+    table.name: table
+    for table in (
+        TableSchema(
+            "molecules",
+            "One row per distinct molecule of the campaign.",
+            (
+                _key(
+                    "key", "molecule: SHA-256 of canonical SMILES, elements, charge, multiplicity"
+                ),
+                _string("smiles", "canonical isomeric SMILES"),
+                _string("name", "name given in the molecule file"),
+                _string("formula", "molecular formula, Hill order"),
+                _category("source", "file the molecule was first read from"),
+                _scalar("line", "<i8", "line (or record) in that file, from 1"),
+                _scalar("n_atoms", "<u2", "number of atoms, hydrogens included"),
+                _scalar("n_heavy", "<u2", "number of atoms that are not hydrogen"),
+                _scalar("charge", "i1", "total charge", "e"),
+                _scalar("multiplicity", "u1", "spin multiplicity 2S+1"),
+                _atoms("numbers", "u1", "atomic numbers"),
+            ),
+        ),
+        TableSchema(
+            "geometries",
+            "One row per geometry of a cheap step: read from a file, embedded, MMFF-optimised.",
+            (
+                _key("key", "task that made the geometry"),
+                _key("mol_key", "molecule"),
+                _key("parent_key", "task the step started from (zero: none)"),
+                _category("stage", "name of the campaign's stage"),
+                _category("method", "file, ETKDGv3, ETKDGv3 random coordinates, MMFF94 or UFF"),
+                _scalar("conformer", "<u2", "conformer number, from 0"),
+                _scalar("energy_eV", "<f8", "force-field energy (NaN where there is none)", "eV"),
+                _scalar("initial_energy_eV", "<f8", "force-field energy before", "eV"),
+                _scalar("n_steps", "<i4", "optimiser iterations"),
+                _atoms("numbers", "u1", "atomic numbers"),
+                _atoms("positions", "<f8", "positions", "angstrom", 3),
+            ),
+        ),
+        TableSchema(
+            "relaxations",
+            "One row per finished relaxation on a level of theory.",
+            (
+                _key("key", "task of the relaxation"),
+                _key("mol_key", "molecule"),
+                _key("parent_key", "task whose geometry the relaxation started from"),
+                _category("stage", "name of the campaign's stage"),
+                _category("level", "level of theory"),
+                _category("program", "program and version that gave energies and forces"),
+                _category("optimizer", "optimiser"),
+                _scalar("conformer", "<u2", "conformer number, from 0"),
+                _scalar("n_atoms", "<u2", "number of atoms"),
+                _scalar("n_steps", "<i4", "optimiser steps"),
+                _scalar("n_evaluations", "<i4", "energy and force evaluations"),
+                _scalar("initial_energy_eV", "<f8", "energy of the first frame", "eV"),
+                _scalar("final_energy_eV", "<f8", "energy of the relaxed geometry", "eV"),
+                _scalar("fmax_eV_per_A", "<f8", "largest atomic force at the end", "eV/angstrom"),
+                _scalar(
+                    "connectivity_changed", "u1", "1 where bonds at the end differ from the start"
+                ),
+                _category("ladder", "changed settings that it took (empty: none)"),
+                _scalar("cpu_s", "<f8", "CPU time", "s"),
+                _scalar("wall_s", "<f8", "wall time", "s"),
+                _atoms("numbers", "u1", "atomic numbers"),
+                _atoms("positions", "<f8", "relaxed positions", "angstrom", 3),
+            ),
+        ),
+        TableSchema(
+            "frames",
+            "The path of each relaxation, frame 0 being the starting geometry.",
+            (
+                _key("key", "task of the relaxation"),
+                _key("mol_key", "molecule"),
+                Column("energy_eV", "ragged", "energy", "<f8", "eV", "step"),
+                Column(
+                    "fmax_eV_per_A", "ragged", "largest atomic force", "<f8", "eV/angstrom", "step"
+                ),
+                Column(
+                    "positions",
+                    "ragged",
+                    "positions, frame after frame",
+                    "<f4",
+                    "angstrom",
+                    "position",
+                    3,
+                    raw=True,
+                ),
+                Column(
+                    "forces",
+                    "ragged",
+                    "forces, frame after frame (when saved)",
+                    "<f4",
+                    "eV/angstrom",
+                    "force",
+                    3,
+                    raw=True,
+                ),
+            ),
+        ),
+        TableSchema(
+            "tasks",
+            "One row per finished task, whatever became of it.",
+            (
+                _key("key", "SHA-256 of what determines the result, first 16 bytes"),
+                _key("mol_key", "molecule (zero: none, the input could not be read)"),
+                _key("parent_key", "task it started from (zero: none)"),
+                _category("stage", "name of the campaign's stage"),
+                _category("kernel", "kernel, its version and its programs' versions"),
+                _category("status", "ok, or the class of the failure"),
+                _string("message", "what went wrong (empty: nothing)"),
+                _scalar("attempts", "u1", "how often it was started"),
+                _category("ladder", "changed settings that were tried, in order"),
+                _scalar("conformer", "<u2", "conformer number, from 0"),
+                _scalar("seed", "<u8", "seed of the random stream, derived from the key"),
+                _category("source", "molecule file (rows of stage `molecules` only)"),
+                _scalar(
+                    "line", "<i8", "line in that file (rows of stage `molecules` only; else -1)"
+                ),
+                _category("host", "machine it ran on"),
+                _category("block", "batch job it ran in"),
+                _scalar("worker_pid", "<i4", "process that ran it"),
+                _scalar("started_s", "<f8", "start, Unix time", "s"),
+                _scalar("wall_s", "<f8", "wall time", "s"),
+                _scalar("cpu_s", "<f8", "CPU time of the kernel", "s"),
+            ),
+        ),
+    )
+}

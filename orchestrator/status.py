@@ -1,0 +1,181 @@
+"""How a campaign stands, and why a task is not done: answered from the store alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator import ingest
+from orchestrator.campaign import Campaign
+from orchestrator.columns import Rows, key_array, key_bytes
+from orchestrator.counts import StageCounts
+from orchestrator.errors import StoreError
+from orchestrator.plan import Plan, Root, standing
+from orchestrator.store import Store
+
+
+@dataclass(slots=True)
+class Standing:
+    """How the planned tasks of a campaign stand in a store."""
+
+    counts: list[StageCounts]
+    entries: int
+    bad_entries: int
+    plan_complete: bool
+    failures: dict[str, int]
+    problems: dict[str, str]
+
+
+def current_plan_folder(campaign: Campaign, store: Store) -> Path:
+    """Return the folder of the plan made from the campaign's present molecule files."""
+    from orchestrator.molecules import find_files, sources_digest
+
+    files = find_files(campaign.molecules, campaign.path.parent)
+    return ingest.plan_folder(store, sources_digest(files, campaign.molecules))
+
+
+def stand(campaign: Campaign, store: Store) -> Standing:
+    """Compare everything planned with everything finished; nothing is changed."""
+    plan = Plan(campaign)
+    folder = current_plan_folder(campaign, store)
+    snapshot = store.snapshot()
+    index = snapshot.task_index()
+    n = len(plan.stages)
+    totals = np.zeros((4, n), int)
+    entries = bad = 0
+    for chunk in ingest.chunks(folder):
+        entries += chunk.stop - chunk.start
+        bad += ingest.bad_entries(chunk)
+        part = standing(plan, ingest.read_roots(chunk, plan), index)
+        totals += np.array([part.planned, part.ok, part.failed, part.upstream])
+    counts = [
+        StageCounts(
+            stage.name,
+            int(totals[0, i]),
+            int(totals[1, i]),
+            int(totals[2, i]),
+            int(totals[3, i]),
+            int(totals[0, i] - totals[1:, i].sum()),
+        )
+        for i, stage in enumerate(plan.stages)
+    ]
+    tasks = store.read("tasks", ["status"])["status"]
+    per = np.bincount(tasks.codes, minlength=len(tasks.names)).tolist()
+    failures = {name: count for name, count in zip(tasks.names, per, strict=False) if name != "ok"}
+    return Standing(counts, entries, bad, ingest.is_complete(folder), failures, snapshot.problems)
+
+
+def _find_root(
+    campaign: Campaign, store: Store, plan: Plan, what: str
+) -> tuple[list[Root], bytes | None]:
+    """Return the roots that a SMILES or a key (or the start of one) points at, and the key."""
+    folder = current_plan_folder(campaign, store)
+    wanted_key: bytes | None = None
+    mol_keys: set[bytes] = set()
+    text = what.strip().lower()
+    if len(text) >= 6 and set(text) <= set("0123456789abcdef"):
+        low, high = (key_array([bytes.fromhex((text + pad * 32)[:32])])[0] for pad in ("0", "f"))
+        for name in ("tasks", "molecules"):
+            rows = store.read(name, ["key", "mol_key"] if name == "tasks" else ["key"])
+            keys = rows["key"]
+            hit = (keys[:, 0] >= low[0]) & (keys[:, 0] <= high[0])
+            if len(text) > 16:
+                hit &= (keys[:, 1] >= low[1]) & (keys[:, 1] <= high[1])
+            for row in np.flatnonzero(hit).tolist():
+                owner = rows["mol_key"][row] if name == "tasks" else keys[row]
+                if name == "tasks":
+                    wanted_key = key_bytes(keys[row])
+                mol_keys.add(key_bytes(owner))
+        if not mol_keys and len(text) == 32:
+            wanted_key = bytes.fromhex(text)
+    if not mol_keys and wanted_key is None:
+        from kernels.errors import KernelError
+        from kernels.graph import parse_smiles
+
+        try:
+            mol_keys.add(ingest.molecule_key(parse_smiles(what)))
+        except KernelError as exc:
+            raise StoreError(
+                f"{what!r} is neither the key of a task or molecule in {store.path} nor a SMILES "
+                f"({exc})"
+            ) from exc
+    roots = []
+    for chunk in ingest.chunks(folder):
+        for root in ingest.read_roots(chunk, plan):
+            keyed = wanted_key is not None and any(
+                wanted_key in keys for _, keys in plan.chains(root)
+            )
+            if keyed or root.mol_key in mol_keys:
+                roots.append(root)
+    return roots, wanted_key
+
+
+def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
+    """Say in words, stage by stage, what became of a molecule (SMILES) or a task (key)."""
+    plan = Plan(campaign)
+    roots, wanted = _find_root(campaign, store, plan, what)
+    lines = _input_failures(store, what)
+    if not roots and not lines:
+        raise StoreError(
+            f"{what!r}: no such molecule or task in campaign {campaign.name!r}; `basin query "
+            '"SELECT key, name, smiles FROM molecules"` lists the molecules'
+        )
+    tasks = store.read("tasks")
+    molecules = store.read("molecules", ["key", "name", "smiles", "source", "line"])
+    for root in roots:
+        at = np.flatnonzero((molecules["key"] == key_array([root.mol_key])).all(axis=1))
+        if len(at):
+            m = molecules.take(at[:1])
+            name, smiles = m["name"].strings()[0], m["smiles"].strings()[0]
+            source = f"{m['source'].strings()[0]}, line {int(m['line'][0])}"
+            lines.append(f"{name or smiles}: {smiles or 'no graph'} ({source})")
+        for conformer, keys in plan.chains(root):
+            if wanted is not None and wanted not in keys and wanted != root.mol_key:
+                continue
+            failed_at = ""
+            for stage in plan.stages:
+                key = keys[stage.index]
+                label = f"  {stage.name}" + (f" (conformer {conformer})" if conformer else "")
+                if not key:
+                    continue
+                row = _row(tasks, key)
+                if row is not None:
+                    status = row["status"].strings()[0]
+                    lines.append(f"{label}: {_told(row)} [key {key.hex()}]")
+                    failed_at = failed_at or ("" if status == "ok" else stage.name)
+                elif failed_at:
+                    lines.append(f"{label}: never started, since {failed_at!r} failed")
+                else:
+                    lines.append(f"{label}: waiting; `basin run` computes it [key {key.hex()}]")
+    return lines
+
+
+def _row(tasks: Rows, key: bytes) -> Rows | None:
+    at = np.flatnonzero((tasks["key"] == key_array([key])).all(axis=1))
+    return tasks.take(at[:1]) if len(at) else None
+
+
+def _told(row: Rows) -> str:
+    status = row["status"].strings()[0]
+    message = row["message"].strings()[0]
+    ladder = row["ladder"].strings()[0]
+    text = "ok" if status == "ok" else f"failed ({status}): {message}"
+    text += f"; {float(row['wall_s'][0]):.2f} s on {row['host'].strings()[0] or 'the driver'}"
+    if int(row["attempts"][0]) > 1:
+        text += f", attempt {int(row['attempts'][0])}"
+    if ladder:
+        text += f", with {ladder}"
+    return text
+
+
+def _input_failures(store: Store, what: str) -> list[str]:
+    tasks = store.read("tasks", ["mol_key", "stage", "status", "message", "source", "line"])
+    bad = tasks.take(tasks["status"].equals("input") & tasks["stage"].equals(ingest.STAGE))
+    lines = []
+    for i, message in enumerate(bad["message"].strings()):
+        if what and what in message:
+            source = bad["source"].names[bad["source"].codes[i]]
+            lines.append(f"{source}, line {int(bad['line'][i])}: input failure: {message}")
+    return lines

@@ -1,0 +1,179 @@
+"""The stream of ready tasks: pulled from the plan as room allows, handed out in bundles."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator import ingest
+from orchestrator.key_index import ABSENT, KeyIndex
+from orchestrator.plan import Item, Plan, StagePlan, standing
+
+MAX_ITEMS = 2000
+FIRST_S = 1.0
+_MEASURED_ITEMS = 16
+# Growth of cost with the number of atoms, and a first guess in seconds at 20 atoms: measured
+# for RDKit and GFN2-xTB, replaced by what finished tasks say as soon as there are some.
+_COST = {
+    "embed": (2.6, 0.002),
+    "mmff": (2.6, 0.003),
+    "relax": (2.0, 0.2),
+    "rehearse": (0.0, 0.001),
+}
+
+
+class Estimate:
+    """Seconds per item of one stage, learned from finished items."""
+
+    def __init__(self, kernel: str) -> None:
+        power, guess = _COST.get(kernel, (2.0, 1.0))
+        self._power = power
+        self._seconds = 0.0
+        self._weight = 0.0
+        self._rate = guess / 20.0**power
+        self.mean_s = guess
+        self.items = 0
+
+    def seconds(self, n_atoms: int) -> float:
+        """Return the expected seconds of one item with that many atoms."""
+        return float(self._rate * n_atoms**self._power)
+
+    def learn(self, n_atoms: NDArray[np.int64], wall_s: NDArray[np.float32]) -> None:
+        """Take in finished items (K,); older ones slowly lose their weight."""
+        if not len(n_atoms):
+            return
+        decay = 0.5 ** (len(n_atoms) / 1000)
+        self._seconds = self._seconds * decay + float(wall_s.sum())
+        self._weight = self._weight * decay + float((n_atoms.astype(float) ** self._power).sum())
+        self.items += len(n_atoms)
+        self.mean_s = self.mean_s * decay + (1 - decay) * float(wall_s.mean())
+        self._rate = max(self._seconds / self._weight, 1e-9)
+
+    @property
+    def measured(self) -> bool:
+        """Whether enough items have finished to believe the estimate."""
+        return self.items >= _MEASURED_ITEMS
+
+
+class Stream:
+    """Ready items per stage, and the counts of all that has been pulled from the plan."""
+
+    def __init__(
+        self, plan: Plan, folder: Path, index: KeyIndex, estimates: list[Estimate]
+    ) -> None:
+        n = len(plan.stages)
+        self.plan = plan
+        self.estimates = estimates
+        self._folder = folder
+        self._index = index
+        self._chunks_read = 0
+        self._fresh: list[ingest.Chunk] = []
+        self.exhausted = False
+        self.ready: list[deque[Item]] = [deque() for _ in range(n)]
+        self.ready_s = [0.0] * n
+        self.again: deque[tuple[int, list[Item]]] = deque()
+        self.planned = [0] * n
+        self.ok = [0] * n
+        self.failed = [0] * n
+        self.upstream = [0] * n
+        self.entries = 0
+        self.bad_entries = 0
+        self.ok_before = 0
+
+    def pull(self) -> bool:
+        """Take in the next chunk of the plan, if there is one; tell whether there was."""
+        if self.exhausted:
+            return False
+        if not self._fresh:
+            # Asked in this order: a chunk sealed after the look would else be missed.
+            complete = ingest.is_complete(self._folder)
+            self._fresh = ingest.chunks(self._folder)[self._chunks_read :]
+            if not self._fresh:
+                self.exhausted = complete
+                return False
+        chunk = self._fresh.pop(0)
+        self._chunks_read += 1
+        self.entries += chunk.stop - chunk.start
+        self.bad_entries += ingest.bad_entries(chunk)
+        stand = standing(self.plan, ingest.read_roots(chunk, self.plan), self._index)
+        for s in range(len(self.plan.stages)):
+            self.planned[s] += stand.planned[s]
+            self.ok[s] += stand.ok[s]
+            self.failed[s] += stand.failed[s]
+            self.upstream[s] += stand.upstream[s]
+            for item in stand.ready[s]:
+                self.push(s, item)
+        self.ok_before += sum(stand.ok)
+        return True
+
+    def push(self, stage: int, item: Item) -> None:
+        """Put one ready item in its stage's queue."""
+        self.ready[stage].append(item)
+        self.ready_s[stage] += self.estimates[stage].seconds(item.n_atoms)
+
+    def finished(self, stage: int, item: Item, ok: bool, shard: str) -> None:
+        """Count a finished item and release what was waiting for it."""
+        if not ok:
+            self.failed[stage] += 1
+            self._cut(stage)
+            return
+        self.ok[stage] += 1
+        for child in self.plan.children[stage]:
+            key = self.plan.stages[child].key(item.key, item.conformer)
+            next_item = item._replace(key=key, parent_key=item.key, hint=shard, losses=0)
+            hi, lo = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+            if self._index.get(hi, lo) == ABSENT:
+                self.push(child, next_item)
+
+    def _cut(self, stage: int) -> None:
+        for child in self.plan.children[stage]:
+            self.upstream[child] += 1
+            self._cut(child)
+
+    def backlog(self) -> int:
+        """Return the number of items ready to run."""
+        return sum(map(len, self.ready)) + sum(len(items) for _, items in self.again)
+
+    def take(self, pool: str, target_s: float, workers: int) -> tuple[StagePlan, list[Item]] | None:
+        """Return the next bundle for a pool, or None when nothing is ready for it.
+
+        Later stages come first, so that molecules are finished before new ones are begun; a
+        stage with less than a bundle's worth waits while another has more.
+        """
+        for _ in range(len(self.again)):
+            stage, items = self.again.popleft()
+            if self.plan.stages[stage].pool == pool:
+                return self.plan.stages[stage], items
+            self.again.append((stage, items))
+        mine = [s for s in self.plan.stages if s.pool == pool and self.ready[s.index]]
+        if not mine:
+            return None
+        mine.sort(key=lambda s: -self.plan.depth[s.index])
+        full = [s for s in mine if self._enough(s.index, target_s)]
+        stage_plan = full[0] if full else max(mine, key=lambda s: self.ready_s[s.index])
+        return stage_plan, self._cut_bundle(stage_plan.index, target_s, workers)
+
+    def _enough(self, stage: int, target_s: float) -> bool:
+        return self.ready_s[stage] >= target_s or len(self.ready[stage]) >= MAX_ITEMS
+
+    def _cut_bundle(self, stage: int, target_s: float, workers: int) -> list[Item]:
+        estimate = self.estimates[stage]
+        if not estimate.measured:
+            target_s = min(target_s, FIRST_S)
+        # Towards the end bundles shrink, so that all workers finish at about the same time.
+        target_s = min(target_s, max(self.ready_s[stage] / (2 * workers), 0.2))
+        queue = self.ready[stage]
+        items: list[Item] = []
+        seconds = 0.0
+        while queue and len(items) < MAX_ITEMS:
+            cost = estimate.seconds(queue[0].n_atoms)
+            if items and seconds + cost > target_s:
+                break
+            items.append(queue.popleft())
+            seconds += cost
+        # Pushed at older estimates, so the sum is only kept roughly; an empty queue resets it.
+        self.ready_s[stage] = max(self.ready_s[stage] - seconds, 0.0) if queue else 0.0
+        return items

@@ -1,0 +1,281 @@
+"""What a Parsl worker does with a bundle: run items under guard, seal shards, send a receipt."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator import shard
+from orchestrator.columns import Rows, from_records, key_array
+from orchestrator.errors import CorruptShardError, StoreVersionError
+from orchestrator.guard import Guard
+from orchestrator.kernel_calls import Call, Payload
+from orchestrator.plan import NO_KEY, Item, StagePlan
+from orchestrator.schema import STATUSES
+
+NOT_STARTED = 255
+NO_PARENT = 254
+_SEAL_BYTES = 64 << 20
+_CONTROL_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Items of one stage that one worker runs in one go."""
+
+    id: str
+    run_id: str
+    store: str
+    campaign: str
+    stage: StagePlan
+    items: list[Item]
+    checkpoint_every: float
+    seal_every: float
+    crash_limit: int
+
+
+@dataclass(slots=True)
+class Receipt:
+    """What became of a bundle's items, in their order; the results themselves are in shards.
+
+    status (K,) u1: index into `schema.STATUSES`, or NOT_STARTED / NO_PARENT; shard (K,) u2:
+    index into ``shards``; cpu_s, wall_s (K,) f4.
+    """
+
+    bundle: str
+    host: str
+    shards: list[str] = field(default_factory=list)
+    status: bytes = b""
+    shard: bytes = b""
+    cpu_s: bytes = b""
+    wall_s: bytes = b""
+    first_start: float = 0.0
+    restarts: int = 0
+
+
+_guard: Guard | None = None
+
+
+def checkpoint_path(store: Path, key: bytes) -> Path:
+    """Return where the state of an unfinished item is saved."""
+    name = key.hex()
+    return store / "checkpoints" / name[:2] / f"{name}.npz"
+
+
+class _Control:
+    """The driver's word to its workers, read at most once a second: go on, drain, or another."""
+
+    def __init__(self, store: Path, run_id: str) -> None:
+        self._path = store / "control" / "driver.json"
+        self._run_id = run_id
+        self._read = 0.0
+        self._stop = False
+
+    def should_stop(self) -> bool:
+        now = time.monotonic()
+        if now - self._read > _CONTROL_PERIOD_S:
+            self._read = now
+            try:
+                word = json.loads(self._path.read_text())
+            except (OSError, ValueError):
+                return self._stop
+            self._stop = word["run_id"] != self._run_id or word["drain"]
+        return self._stop
+
+
+def _parents(bundle: Bundle) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]]:
+    """Return the geometry that each item starts from, by the parent's key."""
+    from orchestrator.store import Store, pick_geometries
+
+    found: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
+    by_hint: dict[str, list[bytes]] = {}
+    for item in bundle.items:
+        if item.hint:
+            by_hint.setdefault(item.hint, []).append(item.parent_key)
+    for hint, keys in by_hint.items():
+        wanted = key_array(keys)
+        by_words = {tuple(w): k for w, k in zip(wanted.tolist(), keys, strict=True)}
+        try:
+            with shard.open_shard(Path(hint)) as file:
+                for table in ("geometries", "relaxations"):
+                    if file.n_rows(table):
+                        pick_geometries(file, table, wanted, by_words, found)
+        except (FileNotFoundError, CorruptShardError, StoreVersionError):
+            continue  # compacted or damaged meanwhile: the store is asked below
+    missing = [item.parent_key for item in bundle.items if item.parent_key not in found]
+    if missing:
+        found.update(Store(bundle.store).geometries(missing))
+    return found
+
+
+def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
+    """Return the runnable items' positions in the bundle, and what to run."""
+    needs_geometry = bundle.stage.kernel not in ("embed", "rehearse")
+    parents = _parents(bundle) if needs_geometry else {}
+    where: list[int] = []
+    payloads: list[Payload] = []
+    store = Path(bundle.store)
+    long = bundle.stage.kernel == "relax"
+    for i, item in enumerate(bundle.items):
+        numbers, positions = parents.get(item.parent_key, (None, None))
+        if needs_geometry and positions is None:
+            continue
+        where.append(i)
+        payloads.append(
+            Payload(
+                item.smiles,
+                item.charge,
+                item.multiplicity,
+                int.from_bytes(item.key[:8], "big"),
+                item.conformer,
+                numbers,
+                positions,
+                str(checkpoint_path(store, item.key)) if long else "",
+            )
+        )
+    return where, payloads
+
+
+class _Batch:
+    """Rows that wait to be sealed together."""
+
+    def __init__(self, bundle: Bundle, host: str, block: str) -> None:
+        self.bundle = bundle
+        self.host = host
+        self.block = block
+        self.sealed = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.records: dict[str, list[dict[str, Any]]] = {"tasks": []}
+        self.nbytes = 0
+        self.since = time.monotonic()
+        self.resumed: list[Item] = []
+
+    def __len__(self) -> int:
+        return len(self.records["tasks"])
+
+    def add(self, item: Item, outcome: dict[str, Any]) -> None:
+        stage = self.bundle.stage
+        ladder = "; ".join(outcome["ladder"])
+        parent = item.parent_key if stage.parent >= 0 else NO_KEY
+        self.records["tasks"].append(
+            {
+                "key": item.key,
+                "mol_key": item.mol_key,
+                "parent_key": parent,
+                "stage": stage.name,
+                "kernel": stage.label,
+                "status": outcome["status"],
+                "message": outcome["message"],
+                "attempts": min(255, outcome["attempts"] + item.losses),
+                "ladder": ladder,
+                "conformer": item.conformer,
+                "seed": int.from_bytes(item.key[:8], "big"),
+                "source": "",
+                "line": -1,
+                "host": self.host,
+                "block": self.block,
+                "worker_pid": os.getpid(),
+                "started_s": outcome["started_s"],
+                "wall_s": outcome["wall_s"],
+                "cpu_s": outcome["cpu_s"],
+            }
+        )
+        for table, row in outcome.get("rows", {}).items():
+            row.update(
+                key=item.key,
+                mol_key=item.mol_key,
+                parent_key=parent,
+                stage=stage.name,
+                conformer=item.conformer,
+            )
+            if table == "relaxations":
+                row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
+            self.records.setdefault(table, []).append(row)
+        self.nbytes += outcome.get("nbytes", 300)
+        if outcome.get("checkpointed"):
+            self.resumed.append(item)
+
+    def full(self) -> bool:
+        late = time.monotonic() - self.since > self.bundle.seal_every
+        return self.nbytes > _SEAL_BYTES or (late and len(self) > 0)
+
+    def seal(self) -> Path:
+        """Write what waits as one shard; only then are saved states of its items let go."""
+        store = Path(self.bundle.store)
+        folder = store / "inbox" / self.bundle.run_id
+        tables: list[Rows] = [from_records(name, rows) for name, rows in self.records.items()]
+        name = f"{self.bundle.id}-{self.sealed}"
+        path, _ = shard.seal(folder, name, tables, self.bundle.campaign)
+        for item in self.resumed:
+            checkpoint_path(store, item.key).unlink(missing_ok=True)
+        self.sealed += 1
+        self._clear()
+        return path
+
+
+def run_bundle(bundle: Bundle) -> Receipt:
+    """Run a bundle and return its receipt (called by Parsl in a worker process)."""
+    global _guard
+    if _guard is None:
+        _guard = Guard()
+    host = socket.gethostname()
+    block = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or ""
+    block = block or f"local-{os.environ.get('PARSL_WORKER_BLOCK_ID', '0')}"
+    receipt = Receipt(bundle.id, host)
+    n = len(bundle.items)
+    status = np.full(n, NOT_STARTED, np.uint8)
+    shard_of = np.zeros(n, np.uint16)
+    cpu = np.zeros(n, np.float32)
+    wall = np.zeros(n, np.float32)
+    control = _Control(Path(bundle.store), bundle.run_id)
+    if not control.should_stop():
+        where, payloads = _payloads(bundle)
+        status[:] = NO_PARENT
+        status[where] = NOT_STARTED
+        batch = _Batch(bundle, host, block)
+        restarts = _guard.restarts
+        for index, outcome in _outcomes(bundle, payloads, control):
+            i = where[index]
+            receipt.first_start = receipt.first_start or outcome["started_s"]
+            cpu[i], wall[i] = outcome["cpu_s"], outcome["wall_s"]
+            if outcome["status"] == "open":
+                continue
+            batch.add(bundle.items[i], outcome)
+            status[i] = STATUSES.index(outcome["status"])
+            shard_of[i] = len(receipt.shards)
+            if batch.full():
+                receipt.shards.append(str(batch.seal()))
+        if len(batch):
+            receipt.shards.append(str(batch.seal()))
+        receipt.restarts = _guard.restarts - restarts
+    receipt.status = status.tobytes()
+    receipt.shard = shard_of.tobytes()
+    receipt.cpu_s = cpu.tobytes()
+    receipt.wall_s = wall.tobytes()
+    return receipt
+
+
+def _outcomes(
+    bundle: Bundle, payloads: list[Payload], control: _Control
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    assert _guard is not None
+    stage = bundle.stage
+    return _guard.run(
+        Call(stage.kernel, stage.settings, bundle.checkpoint_every),
+        payloads,
+        time_limit=stage.time_limit,
+        memory_limit=stage.memory_limit,
+        crash_limit=bundle.crash_limit,
+        should_stop=control.should_stop,
+    )

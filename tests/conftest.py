@@ -1,0 +1,58 @@
+"""What all tests share: skipping, with a reason, where an engine or a data set is absent."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before any numerical library is loaded: one thread per process, as in production.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+_MODULES = {
+    "tblite": "tblite",
+    "xtb-python": "xtb",
+    "rdkit": "rdkit",
+    "sella": "sella",
+    "pyscf": "pyscf",
+}
+
+
+def engine_missing(name: str, reason: str) -> None:
+    """Skip the test, or fail it when BASIN_REQUIRE_ENGINES (comma separated) names the engine."""
+    required = {part.strip() for part in os.environ.get("BASIN_REQUIRE_ENGINES", "").split(",")}
+    if name in required:
+        pytest.fail(f"{reason} (BASIN_REQUIRE_ENGINES names {name})")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def require_engine() -> Callable[[str], None]:
+    """Return a function that skips the test unless the named engine is there.
+
+    "xtb" is the command line program; other names are those of the campaign file.
+    """
+
+    def require(name: str) -> None:
+        if name in _MODULES:
+            if importlib.util.find_spec(_MODULES[name]) is None:
+                engine_missing(name, f"{name} is not installed")
+        elif shutil.which(name) is None:
+            engine_missing(name, f"no program {name!r} on PATH")
+
+    return require
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of public data sets; BASIN_DATA, or ../shared/data beside the project."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("BASIN_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set BASIN_DATA")
+    return folder

@@ -1,0 +1,134 @@
+"""The guard: a crash, a hang or a memory hog costs one item; its neighbours are done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.guard import Guard
+from orchestrator.kernel_calls import Call, Payload
+
+GOOD = ["C", "CC", "CCC", "CCCC"]
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    guard = Guard()
+    yield guard
+    guard.close()
+
+
+def run(
+    guard: Guard,
+    smiles: list[str],
+    faults: dict[str, str],
+    *,
+    seconds: float = 0.0,
+    time_limit: float = 30.0,
+    memory_limit: int = 2_000_000_000,
+    **options: object,
+) -> dict[str, dict[str, object]]:
+    stage = Call("rehearse", {"seconds": seconds, "busy": False, "faults": faults}, 60.0)
+    payloads = [Payload(s, 0, 1, 0, 0, None, None, "") for s in smiles]
+    done = guard.run(stage, payloads, time_limit=time_limit, memory_limit=memory_limit, **options)
+    return {smiles[i]: outcome for i, outcome in done}
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        ("segfault", "crash", "SIGSEGV, 2 times"),
+        ("exit", "crash", "exit status 3"),
+        ("error", "crash", "RuntimeError: an error that no kernel class covers"),
+    ],
+)
+def test_a_crash_costs_one_item(guard: Guard, fault: str, status: str, words: str) -> None:
+    outcomes = run(guard, ["C", "CC", "bad", "CCC", "CCCC"], {"bad": fault})
+    assert [outcomes[s]["status"] for s in GOOD] == ["ok"] * 4
+    assert outcomes["bad"]["status"] == status
+    assert words in str(outcomes["bad"]["message"])
+
+
+def test_a_hanging_item_ends_at_its_time_limit(guard: Guard) -> None:
+    outcomes = run(guard, ["C", "bad", "CC", "CCC", "CCCC"], {"bad": "hang"}, time_limit=1.0)
+    assert [outcomes[s]["status"] for s in GOOD] == ["ok"] * 4
+    assert outcomes["bad"]["status"] == "timeout"
+    assert "time_limit" in str(outcomes["bad"]["message"])
+    assert 1.0 <= float(str(outcomes["bad"]["wall_s"])) < 10.0
+
+
+def test_a_memory_hog_gets_twice_the_memory_and_is_then_given_up(guard: Guard) -> None:
+    outcomes = run(
+        guard, ["C", "bad", "CC", "CCC", "CCCC"], {"bad": "memory"}, memory_limit=250_000_000
+    )
+    assert [outcomes[s]["status"] for s in GOOD] == ["ok"] * 4
+    assert outcomes["bad"]["status"] == "resource"
+    assert outcomes["bad"]["ladder"] == ("memory limit doubled",)
+    assert outcomes["bad"]["attempts"] == 2
+
+
+def test_a_child_killed_from_outside_is_replaced_and_every_item_still_ends(guard: Guard) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        for _ in range(3):
+            time.sleep(0.4)
+            if guard._child is not None:
+                killed.append(guard._child.process.pid)
+                os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    smiles = ["C" * (i + 1) for i in range(60)]
+    outcomes = run(guard, smiles, {}, seconds=0.05)
+    killer.join()
+    assert len(killed) == 3
+    assert [outcomes[s]["status"] for s in smiles] == ["ok"] * 60
+
+
+def test_a_stop_leaves_what_was_not_started_without_an_outcome(guard: Guard) -> None:
+    began = time.monotonic()
+    smiles = ["C" * (i + 1) for i in range(100)]
+    outcomes = run(
+        guard, smiles, {}, seconds=0.1, should_stop=lambda: time.monotonic() - began > 1.0
+    )
+    assert 0 < len(outcomes) < 100
+    assert list(outcomes) == smiles[: len(outcomes)]
+
+
+def test_the_child_goes_when_its_parent_is_killed(tmp_path: object) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "from orchestrator.guard import Guard\n"
+        "from orchestrator.kernel_calls import Call, Payload\n"
+        "guard = Guard()\n"
+        "stage = Call('rehearse', {'seconds': 0.0, 'busy': False, 'faults': {'x': 'hang'}}, 60.0)\n"
+        "items = [Payload(s, 0, 1, 0, 0, None, None, '') for s in ('C', 'x')]\n"
+        "run = guard.run(stage, items, time_limit=600, memory_limit=10**10)\n"
+        "next(run)\n"
+        "print(guard._child.process.pid, flush=True)\n"
+        "next(run)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(100):
+        try:
+            with open(f"/proc/{child}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except FileNotFoundError:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"child {child} outlives its parent")
