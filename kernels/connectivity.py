@@ -33,11 +33,6 @@ def bonds(
     return _pairs(squared < limit * limit)
 
 
-def changed(before: NDArray[np.int32], after: NDArray[np.int32]) -> bool:
-    """Tell whether two lists of bonds (B, 2) differ; `changes` judges two geometries better."""
-    return not np.array_equal(before, after)
-
-
 def changes(
     numbers: ArrayLike, before: ArrayLike, after: ArrayLike
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

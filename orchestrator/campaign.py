@@ -1015,6 +1015,8 @@ def _annotation_words(annotation: Any) -> str:
         return _annotation_words(next(a for a in get_args(annotation) if a is not type(None)))
     if origin is tuple:
         return f"list of {_annotation_words(get_args(annotation)[0])}"
+    if origin is dict:
+        return "table of names"
     return _TYPE_WORDS[annotation]
 
 

@@ -112,7 +112,7 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
     from kernels.calculators import ladder, make_calculator, program_version
-    from kernels.connectivity import bonds, changed
+    from kernels.connectivity import changes
     from kernels.relaxation import RelaxSettings, RelaxState, relax_with_ladder
 
     assert payload.numbers is not None
@@ -144,7 +144,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
             **{**electronic, **changes},
         )
 
-    def on_step(now: RelaxState, rungs: tuple[str, ...] = ()) -> bool:
+    def on_step(now: RelaxState, rungs: tuple[str, ...]) -> bool:
         nonlocal saved, kept, finished
         # A state that has just converged is a result; nothing is gained by saving it.
         finished = not stop() or now.fmax[-1] < settings.fmax
@@ -179,9 +179,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
             "initial_energy_eV": energies[0],
             "final_energy_eV": energies[-1],
             "fmax_eV_per_A": fmax[-1],
-            "connectivity_changed": changed(
-                bonds(payload.numbers, start), bonds(payload.numbers, done.positions)
-            ),
+            "connectivity_changed": any(map(len, changes(payload.numbers, start, done.positions))),
             "numbers": payload.numbers,
             "positions": done.positions,
         },

@@ -161,7 +161,10 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
         (HEAD + EMBED + "seed = 4\n", [":6:", "seed = 4", "top of the file"]),
         (HEAD + EMBED + "[run]\nbundletime = 4\n", ["[run] bundletime = 4", '"bundle_time"']),
         (HEAD + EMBED + '[[stages]]\nkernel = "rlax"\n', [":7:", '"rlax"', '"relax"']),
-        (HEAD + '[[stages]]\nname = "q"\n', ["kernel is missing", '"embed", "mmff" or "relax"']),
+        (
+            HEAD + '[[stages]]\nname = "q"\n',
+            ["kernel is missing", '"embed", "mmff", "relax" or "rehearse"'],
+        ),
         (HEAD + '[stages]\nkernel = "embed"\n', [":4:", "[[stages]]"]),
         (HEAD + '[[stage]]\nkernel = "embed"\n', [":4:", "[[stages]]"]),
         ('name = "x"\n[[molecules]]\nfiles = ["a.smi"]\n' + EMBED, ["write [molecules]"]),
