@@ -27,6 +27,7 @@ from benchmarks.machine import cores, data_folder, table
 from kernels.embedding import embed
 from kernels.errors import KernelError
 from kernels.forcefield import minimise
+from kernels.graph import parse_smiles
 from orchestrator.kernel_calls import Call, Payload, call
 
 SETTINGS = {
@@ -43,6 +44,9 @@ SETTINGS = {
 
 def _start(smiles: str) -> tuple[str, Any, Any] | None:
     try:
+        molecule = parse_smiles(smiles)
+        if molecule.charge or molecule.multiplicity != 1:
+            return None
         made = embed(smiles, seed=1, max_attempts=20)
         return smiles, made.numbers, minimise(smiles, made.positions, max_steps=2000).positions
     except KernelError:
@@ -50,9 +54,9 @@ def _start(smiles: str) -> tuple[str, Any, Any] | None:
 
 
 def starting_geometries(count: int) -> list[tuple[str, Any, Any]]:
-    """Return (SMILES, numbers, MMFF positions) of `count` QM9 molecules, spread over the file."""
+    """Return (SMILES, numbers, MMFF positions) of `count` neutral molecules, all over QM9."""
     lines = (data_folder() / "qm9" / "qm9_smiles.csv").read_text().split()[1:]
-    picked = [lines[i] for i in np.linspace(0, len(lines) - 1, count + count // 20).astype(int)]
+    picked = [lines[i] for i in np.linspace(0, len(lines) - 1, count + count // 4).astype(int)]
     with multiprocessing.Pool(cores()) as pool:
         made = [start for start in pool.imap(_start, picked, 20) if start is not None]
     return made[:count]

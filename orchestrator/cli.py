@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
     from orchestrator.store import Store
 
 EXIT_UNFINISHED = 5
+_ENDINGS = {
+    "": "parquet",
+    ".parquet": "parquet",
+    ".sdf": "sdf",
+    ".xyz": "extxyz",
+    ".extxyz": "extxyz",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+}
 
 app = typer.Typer(
     name="basin",
@@ -24,6 +35,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain help and usage errors: no frames to read around, and quicker to start.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=(
         "Exit status: 0 done; 2 campaign, site or usage wrong; 3 store not usable; 4 the run "
@@ -84,7 +97,20 @@ def _campaign_of(place: Path) -> tuple[Campaign, Store]:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, default=str))
+    try:
+        text = json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        # JSON has no NaN and no infinity; Python's own way of writing them breaks other readers.
+        text = json.dumps(_finite(value), default=str)
+    print(text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @app.command()
@@ -104,12 +130,12 @@ def plan(
     if as_json:
         _print_json(asdict(found))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    from orchestrator.show import duration
+    from orchestrator.show import console as make_console
+    from orchestrator.show import core_hours, duration
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     console.print(
         f"{campaign.name}: {found.entries:,} entries, {found.molecules:,} molecules, "
         f"{found.duplicates:,} repeated, {found.bad:,} that cannot be read",
@@ -131,13 +157,16 @@ def plan(
             f"{s.tasks:,}",
             f"{s.done:,}",
             f"{s.bundles:,}",
-            f"{s.core_hours:.3g}",
+            core_hours(s.core_hours),
         )
     console.print(table)
     console.print(
-        f"about {found.core_hours:.3g} core-hours, {duration(found.wall_s)} on site "
-        f"{found.site!r} ({', '.join(f'{p}: {n} workers' for p, n in found.workers.items())}); "
-        f"estimates from {found.estimates_from}",
+        "nothing is left to do"
+        if all(s.done == s.tasks for s in found.stages)
+        else f"what is left takes about {core_hours(found.core_hours)} core-hours, "
+        f"{duration(found.wall_s)} on site {found.site!r}\n"
+        f"({', '.join(f'pool {p}: {n} workers' for p, n in found.workers.items())}; estimated "
+        f"from {found.estimates_from})",
         markup=False,
     )
     console.print(f"results go to {campaign.store}", markup=False)
@@ -166,7 +195,8 @@ def run(
     """
     from orchestrator.run import Driver
     from orchestrator.shard import write_whole
-    from orchestrator.show import Shower, counts_table, duration
+    from orchestrator.show import Shower, core_hours, counts_table, duration
+    from orchestrator.show import console as make_console
     from orchestrator.sites import load_site
 
     campaign = _campaign(file, store)
@@ -200,14 +230,12 @@ def run(
             }
         )
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False, soft_wrap=True)
+        console = make_console()
         console.print(counts_table(summary.counts))
         console.print(
             f"{summary.entries:,} entries read, {summary.bad_entries:,} bad; "
             f"{summary.done_now:,} tasks done now ({summary.done_before:,} before) in "
-            f"{duration(summary.elapsed_s)}, {summary.core_s / 3600:.3g} core-hours",
+            f"{duration(summary.elapsed_s)}, {core_hours(summary.core_s / 3600)} core-hours",
             markup=False,
         )
         _print_problems(problems)
@@ -232,7 +260,10 @@ def _print_problems(problems: dict[str, str]) -> None:
 
 @app.command()
 def status(place: Place, as_json: JsonOption = False) -> None:
-    """Say how a campaign stands: planned = ok + failed + cut off + waiting."""
+    """Say how a campaign stands: planned = ok + failed + not reached + waiting.
+
+    Not reached are tasks that can never start, since an earlier stage failed for them.
+    """
     from orchestrator import lock
     from orchestrator.status import stand
 
@@ -242,11 +273,10 @@ def status(place: Place, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json({"running": running, "driver": lock.who(store.path), **asdict(found)})
         return
-    from rich.console import Console
-
+    from orchestrator.show import console as make_console
     from orchestrator.show import counts_table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     holder = lock.who(store.path)
     state = "not running"
     if running:
@@ -291,36 +321,22 @@ def query(
     place: Place,
     as_json: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
-    limit: Annotated[int, typer.Option(help="Rows shown on a terminal.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Rows shown on a terminal.")] = 50,
 ) -> None:
-    """Answer a DuckDB SQL query over the store's tables."""
+    """Answer a DuckDB SQL query over the store's tables.
+
+    A terminal shows the first rows, one below the other where they are too wide for it; into a
+    pipe or a file goes all.
+    """
+    from orchestrator.show import answer_csv, show_answer
+
     table = _open(place).query(sql)
     if as_json:
         _print_json(table.to_pylist())
     elif csv:
-        import pyarrow.csv
-
-        pyarrow.csv.write_csv(table, sys.stdout.buffer)
+        answer_csv(table, sys.stdout.buffer)
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        shown = Table(box=None, pad_edge=False)
-        for name in table.column_names:
-            shown.add_column(name)
-        for row in table.slice(0, limit).to_pylist():
-            shown.add_row(*(_cell(value) for value in row.values()))
-        Console(highlight=False).print(shown)
-        if table.num_rows > limit:
-            print(f"... {table.num_rows:,} rows in all; --limit shows more, --csv all")
-
-
-def _cell(value: Any) -> str:
-    from rich.markup import escape
-
-    if isinstance(value, float):
-        return f"{value:.6g}" if abs(value) < 1e4 else f"{value:.4f}"
-    return escape("" if value is None else str(value))
+        show_answer(table, limit if sys.stdout.isatty() else None)
 
 
 @app.command()
@@ -338,8 +354,13 @@ def export(
     """Write results for other programs: Parquet, SDF, extended xyz, one HDF5 file."""
     from orchestrator.export import export as export_to
 
-    endings = {".sdf": "sdf", ".xyz": "extxyz", ".extxyz": "extxyz", ".h5": "hdf5"}
-    kind = kind or endings.get(target.suffix, "parquet")
+    if not kind and target.suffix not in _ENDINGS:
+        raise typer.BadParameter(
+            f"{target}: its ending {target.suffix!r} does not tell the format; say it with --as "
+            "parquet, sdf, extxyz or hdf5",
+            param_hint="TARGET",
+        )
+    kind = kind or _ENDINGS[target.suffix]
     print(
         export_to(
             _open(place), kind, target, table=table, stage=stage, frames=frames, overwrite=overwrite
@@ -373,7 +394,9 @@ def compact(place: Place) -> None:
     """Take sealed shards into segments now (a run does this by itself)."""
     from orchestrator.compact import compact as take_in
 
-    print(f"{take_in(_open(place)):,} shards taken in")
+    store = _open(place)
+    print(f"{take_in(store):,} shards taken in")
+    _print_problems(store.snapshot().problems)
 
 
 @app.command()
@@ -402,6 +425,12 @@ def main() -> None:
         sys.exit(exc.exit_code)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as exc:
+        # The machine's doing (a full disk, a missing right), not a bug to be traced.
+        where = f"{exc.filename}: " if exc.filename else ""
+        print(f"basin: {where}{exc.strerror or exc}", file=sys.stderr)
+        store = exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        sys.exit(StoreError.exit_code if store else BasinError.exit_code)
 
 
 if __name__ == "__main__":

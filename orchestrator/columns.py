@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,9 +46,9 @@ class Varlen:
 
 @dataclass(slots=True)
 class Category:
-    """A string per row out of a small set: ``names[codes[i]]``; codes is (R,) uint16."""
+    """A string per row out of a set: ``names[codes[i]]``; codes is (R,) uint16, or uint32."""
 
-    codes: NDArray[np.uint16]
+    codes: NDArray[np.unsignedinteger[Any]]
     names: list[str]
 
     def __len__(self) -> int:
@@ -139,7 +139,12 @@ def category(strings: Sequence[str]) -> Category:
     """Return strings as codes into the set of those that occur."""
     index: dict[str, int] = {}
     codes = [index.setdefault(s, len(index)) for s in strings]
-    return Category(np.array(codes, np.uint16), list(index))
+    return Category(np.array(codes, _code_type(index)), list(index))
+
+
+def _code_type(names: Sized) -> type[np.unsignedinteger[Any]]:
+    # Stages and hosts are few; a campaign of one file per molecule has very many sources.
+    return np.uint16 if len(names) <= 1 << 16 else np.uint32
 
 
 def _ragged(column: Column, cells: Sequence[Any]) -> Varlen:
@@ -153,9 +158,13 @@ def _ragged(column: Column, cells: Sequence[Any]) -> Varlen:
 
 
 def from_records(table: str, records: Sequence[Mapping[str, Any]]) -> Rows:
-    """Build rows from one mapping per row; every column of the table must be in each."""
+    """Build rows from one mapping per row; every column of the table must be in each.
+
+    Raises ValueError where ragged columns that share a row pointer differ in length.
+    """
     schema = TABLES[table]
     columns: dict[str, Values] = {}
+    pointers: dict[str, tuple[str, Varlen]] = {}
     for column in schema.columns:
         cells = [record[column.name] for record in records]
         if column.kind == "key":
@@ -167,7 +176,14 @@ def from_records(table: str, records: Sequence[Mapping[str, Any]]) -> Rows:
         elif column.kind == "category":
             columns[column.name] = category(cells)
         else:
-            columns[column.name] = _ragged(column, cells)
+            columns[column.name] = made = _ragged(column, cells)
+            first, other = pointers.setdefault(column.pointer, (column.name, made))
+            if not np.array_equal(other.ptr, made.ptr):
+                row = int(np.flatnonzero(np.diff(other.ptr) != np.diff(made.ptr))[0])
+                raise ValueError(
+                    f"table {table}, row {row}: {first} has {len(other[row])} entries and "
+                    f"{column.name} {len(made[row])}; they must be as many"
+                )
     return Rows(schema, columns)
 
 
@@ -201,8 +217,8 @@ def concat(parts: Sequence[Rows]) -> Rows:
             for piece in pieces:
                 assert isinstance(piece, Category)
                 table = [index.setdefault(s, len(index)) for s in piece.names] or [0]
-                codes.append(np.array(table, np.uint16)[piece.codes])
-            joined[name] = Category(np.concatenate(codes), list(index))
+                codes.append(np.array(table, np.uint32)[piece.codes])
+            joined[name] = Category(np.concatenate(codes).astype(_code_type(index)), list(index))
         else:
             joined[name] = np.concatenate(pieces)  # type: ignore[arg-type]
     return Rows(parts[0].schema, joined)

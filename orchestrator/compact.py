@@ -6,6 +6,7 @@ says it was taken in is published, and a segment only counts from then on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from orchestrator import hdf5, manifest, shard
 from orchestrator.columns import Rows, concat
-from orchestrator.errors import CorruptShardError, StoreVersionError
+from orchestrator.errors import BasinError, CorruptShardError, StoreError, StoreVersionError
 from orchestrator.manifest import Manifest, Segment
 from orchestrator.schema import TABLES
 from orchestrator.store import Store, drop_duplicates
@@ -61,9 +62,7 @@ def _one_pass(store: Store) -> tuple[int, bool]:
             break
         try:
             with shard.open_shard(path) as file:
-                for table in file.tables():
-                    parts[table].append(file.read(table))
-            read.append(name)
+                tables = {table: file.read(table) for table in file.tables()}
             size += path.stat().st_size
         except CorruptShardError as exc:
             quarantine[name] = str(exc)
@@ -71,34 +70,57 @@ def _one_pass(store: Store) -> tuple[int, bool]:
             continue  # a newer Basin wrote it: left for that one to take in
         except FileNotFoundError:
             return 0, True  # taken in and deleted by another process: look again
+        else:
+            read.append(name)
+            for table, rows in tables.items():
+                parts[table].append(rows)
     segments = list(current.segments)
     now = time.time()
     superseded = dict(current.superseded)
     made: list[Segment] = []
     for table, pieces in parts.items():
         if pieces:
-            kept, new = _merge(store, table, segments, pieces, current.generation + 1)
+            try:
+                kept, new = _merge(store, table, segments, pieces, current.generation + 1)
+            except FileNotFoundError as exc:
+                _discard(store, made)
+                if manifest.newest(store.path / "manifest").generation != current.generation:
+                    return 0, True  # merged and deleted by another process: look again
+                raise StoreError(
+                    f"{exc.filename or exc}: this segment of the store is gone; put it back from "
+                    "a copy of the store"
+                ) from exc
+            except StoreError:
+                _discard(store, made)
+                raise
             gone = [s.file for s in segments if s.table == table and s not in kept]
             superseded.update(dict.fromkeys(gone, now))
             segments = [s for s in segments if s.table != table] + kept + new
             made += new
     if not read and quarantine == current.quarantine:
         return 0, False
-    published = manifest.publish(
-        store.path / "manifest",
-        Manifest(
-            current.generation + 1,
-            tuple(segments),
-            {**_still_there(store, current.consumed), **dict.fromkeys(read, now)},
-            _still_there(store, superseded),
-            quarantine,
-        ),
+    successor = Manifest(
+        current.generation + 1,
+        tuple(segments),
+        {**_still_there(store, current.consumed), **dict.fromkeys(read, now)},
+        _still_there(store, superseded),
+        quarantine,
     )
+    try:
+        published = manifest.publish(store.path / "manifest", successor)
+    except StoreError:
+        if manifest.newest(store.path / "manifest").generation == current.generation:
+            _discard(store, made)  # else it may have been published before the error
+        raise
     if not published:
-        for segment in made:
-            (store.path / segment.file).unlink(missing_ok=True)
+        _discard(store, made)
         return 0, True
     return len(read), more
+
+
+def _discard(store: Store, segments: list[Segment]) -> None:
+    for segment in segments:
+        (store.path / segment.file).unlink(missing_ok=True)
 
 
 def _still_there(store: Store, files: dict[str, float]) -> dict[str, float]:
@@ -126,12 +148,18 @@ def _merge(
                 segment.bytes + total_bytes <= SEGMENT_BYTES and segment.rows <= 4 * total_rows
             )
             if twins.any() and table != "tasks":
-                pairs = set(map(tuple, held["key"].tolist()))
+                near = held["key"][np.isin(held["key"][:, 0], rows["key"][twins, 0])]
+                pairs = set(map(tuple, near.tolist()))
                 fresh = [tuple(key) not in pairs for key in rows["key"].tolist()]
                 rows = rows.take(np.array(fresh, bool))
             elif twins.any():
                 small = True
             if small:
+                if zlib.crc32(path.read_bytes()) != segment.crc32:
+                    raise CorruptShardError(
+                        f"{path}: does not match its checksum in the manifest (altered, or its "
+                        "disk is failing); put it back from a copy of the store"
+                    )
                 piece = file.read(table)
                 absorbed.append(piece)
                 total_rows += len(piece)
@@ -145,12 +173,16 @@ def _merge(
     order = np.lexsort((merged["key"][:, 1], merged["key"][:, 0], by[:, 1], by[:, 0]))
     merged = merged.take(order)
     step = max(1, int(len(merged) * min(1.0, 2 * SEGMENT_BYTES / max(1, merged.nbytes()))))
-    new = []
+    new: list[Segment] = []
     for start in range(0, len(merged), step):
         piece = merged.take(np.arange(start, min(start + step, len(merged))))
         data = hdf5.build([piece], kind=f"segment:{table}", campaign=store.name, packed=True)
         name = f"segments/{table}-{generation:06d}-{uuid.uuid4().hex[:8]}.h5"
-        shard.write_whole(store.path / name, data)
+        try:
+            shard.write_whole(store.path / name, data)
+        except StoreError:
+            _discard(store, new)
+            raise
         new.append(Segment(name, table, len(piece), len(data), zlib.crc32(data)))
     return kept, new
 
@@ -159,6 +191,7 @@ def _delete_old(store: Store, grace_s: float) -> None:
     current = manifest.newest(store.path / "manifest")
     now = time.time()
     live = {segment.file for segment in current.segments}
+    known = live | current.superseded.keys()
     for name, since in [*current.consumed.items(), *current.superseded.items()]:
         if name not in live and now - since > grace_s:
             (store.path / name).unlink(missing_ok=True)
@@ -166,15 +199,26 @@ def _delete_old(store: Store, grace_s: float) -> None:
         for entry in os.scandir(folder):
             name = str(Path(entry.path).relative_to(store.path))
             stray = entry.name.startswith(shard.TEMPORARY) or (
-                name.startswith("segments/") and name not in live
+                name.startswith("segments/") and name not in known
             )
-            if stray and now - entry.stat().st_mtime > STRAY_S:
-                Path(entry.path).unlink(missing_ok=True)
+            # Temporary files come and go while others write.
+            with contextlib.suppress(FileNotFoundError):
+                if stray and now - entry.stat().st_mtime > STRAY_S:
+                    os.unlink(entry.path)
 
 
 def _inboxes(store: Store) -> Iterator[Path]:
     return (Path(e.path) for e in os.scandir(store.path / "inbox") if e.is_dir())
 
 
+def main() -> None:
+    """Entry point of the compacting process: STORE."""
+    try:
+        compact(Store(sys.argv[1]))
+    except BasinError as exc:
+        print(exc, file=sys.stderr)
+        sys.exit(exc.exit_code)
+
+
 if __name__ == "__main__":
-    compact(Store(sys.argv[1]))
+    main()

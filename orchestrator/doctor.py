@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,8 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_ENGINE_LIMIT_S = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +45,21 @@ def _engine(what: str, package: str, extra: str, try_out: str) -> Finding:
     import subprocess
 
     if importlib.util.find_spec(package) is None:
+        if not extra:
+            return Finding(what, "broken", "not installed; run `make` again")
         return Finding(what, "missing", f"optional: pip install 'basin-orchestrator[{extra}]'")
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", try_out],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", try_out],
+            capture_output=True,
+            text=True,
+            timeout=_ENGINE_LIMIT_S,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(what, "broken", f"no answer within {_ENGINE_LIMIT_S} s")
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     last = lines[-1] if lines else f"exit status {done.returncode}"
     state = "ok" if done.returncode == 0 else "broken"
@@ -109,7 +117,8 @@ def _machine(folder: Path) -> list[Finding]:
             Finding("hard links here", "broken", f"{exc.strerror}: put the store elsewhere")
         )
     finally:
-        link.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            link.unlink()
     return found
 
 

@@ -99,10 +99,12 @@ def _roots_of_files(campaign: Campaign, plan: Plan) -> tuple[list[Root], int, in
     for entry in read_entries(files, campaign.molecules):
         entries += 1
         molecule = entry.molecule
-        if molecule is None:
+        flat = plan.from_files and entry.positions is None
+        if molecule is None or flat:
             bad += 1
             if bad <= _BAD_EXAMPLES:
-                examples.append(f"{entry.source}, line {entry.line}: {entry.error}")
+                why = entry.error or "no 3D geometry, and the first stage needs one"
+                examples.append(f"{entry.source}, line {entry.line}: {why}")
             continue
         key = ingest.molecule_key(molecule)
         origin = key
@@ -121,8 +123,8 @@ def _roots_of_files(campaign: Campaign, plan: Plan) -> tuple[list[Root], int, in
 def _what(settings: dict[str, object], kernel: str) -> str:
     if kernel == "relax":
         return (
-            f"{settings['level']} ({settings['program']}), {settings['optimizer']}, "
-            f"fmax {settings['fmax']:g} eV/Å"
+            f"{settings['level']}/{settings['program']}, {settings['optimizer']} to "
+            f"{settings['fmax']:g} eV/Å"
         )
     return {"embed": "ETKDGv3", "mmff": "MMFF94, else UFF"}.get(kernel, kernel)
 

@@ -19,10 +19,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from orchestrator.child import SHARED_BYTES, Shared
+from orchestrator.errors import RunError
 
 POLL_S = 0.1
 RECYCLE_AFTER = 20_000
 KILL_LIMIT = 4
+STILLBORN_LIMIT = 5
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _THREADS = {
     "OMP_NUM_THREADS": "1",
@@ -65,11 +67,11 @@ class _Child:
         except (OSError, IndexError):
             return 0
 
-    def last_words(self) -> str:
-        """Return the first telling line of what the child wrote to stderr."""
+    def last_words(self, line: int = 0) -> str:
+        """Return a line of what the child wrote to stderr; the first tells of a crash in C."""
         text = os.pread(self._stderr, 1 << 16, 0).decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[0][:200] if lines else ""
+        return lines[line][:200] if lines else ""
 
     def close(self) -> None:
         """Kill the process and free what belongs to it."""
@@ -85,6 +87,8 @@ class Guard:
 
     def __init__(self) -> None:
         self._child: _Child | None = None
+        self._under_way = False
+        self._stillborn = 0
         self.restarts = 0
 
     def close(self) -> None:
@@ -92,6 +96,7 @@ class Guard:
         if self._child is not None:
             self._child.close()
             self._child = None
+        self._under_way = False
 
     def run(
         self,
@@ -102,23 +107,31 @@ class Guard:
         memory_limit: int,
         crash_limit: int = 2,
         should_stop: Callable[[], bool] = lambda: False,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (index, outcome) for each payload, in order unless a crash intervenes.
 
         An item whose crash repeats ``crash_limit`` times is given up.
         ``time_limit`` (s) and ``memory_limit`` (bytes, resident) hold for each item. After
         ``should_stop`` turns true the running item may save its state and end with status
-        `open`, and items that were not started have no outcome at all.
+        `open`, and items that were not started have no outcome at all. ``on_wait`` is called
+        several times a second while nothing comes in.
+        Raises RunError where child processes end before they run anything.
         """
         pending = dict(enumerate(payloads))
         attempts = dict.fromkeys(pending, 0)
         limits = dict.fromkeys(pending, memory_limit)
+        if self._under_way:
+            # Whoever asked for the last batch left before its end (a full disk, say); the child
+            # still works on it, and what it sends must not be taken for results of this one.
+            self.close()
         while pending:
             if self._child is None or self._child.process.poll() is not None:
                 self.close()
                 self._child = _Child()
             child = self._child
             child.shared.set_stop(False)
+            self._under_way = True
             done = False
             try:
                 child.connection.send((stage, list(pending.items())))
@@ -132,15 +145,18 @@ class Guard:
                 for index, outcome in self._receive(child):
                     if index < 0:
                         done = True
+                        self._under_way = False
                         continue
                     pending.pop(index)
                     outcome["attempts"] = attempts[index] + 1
                     child.items += 1
+                    self._stillborn = 0
                     yield index, outcome
                 now = time.monotonic()
                 if done or now - checked < POLL_S:
                     continue
                 checked = now
+                on_wait()
                 if should_stop():
                     child.shared.set_stop(True)
                 current, since = child.shared.current()
@@ -150,7 +166,10 @@ class Guard:
                         if index >= 0:
                             pending.pop(index)
                             outcome["attempts"] = attempts[index] + 1
+                            child.items += 1
                             yield index, outcome
+                    if current < 0 and not child.items:
+                        self._count_stillborn(child)
                     verdict = self._autopsy(
                         child, attempts, current if current in pending else -1, crash_limit
                     )
@@ -193,6 +212,15 @@ class Guard:
                     self.close()
             elif should_stop():
                 return
+
+    def _count_stillborn(self, child: _Child) -> None:
+        self._stillborn += 1
+        if self._stillborn >= STILLBORN_LIMIT:
+            raise RunError(
+                f"kernel processes on {socket.gethostname()} end before they run anything (exit "
+                f"status {child.process.returncode}: {child.last_words(-1) or 'no message'}); "
+                "`basin doctor` there says what is broken"
+            )
 
     def _replace(self) -> None:
         self.restarts += 1

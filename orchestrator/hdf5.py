@@ -7,6 +7,7 @@ import os
 # h5py reads this once, when it is imported; our files are immutable, so a lock could only fail.
 os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -21,6 +22,8 @@ from orchestrator.errors import CorruptShardError, StoreVersionError
 from orchestrator.schema import SCHEMA_VERSION, STATUSES, TABLES, Column
 
 FORMAT = "basin-store"
+# What h5py raises on damage depends on which structure of the file is hit.
+_DAMAGE = (OSError, LookupError, RuntimeError, TypeError, ValueError, AttributeError)
 _SCALAR_CHUNK = 65536
 _STEP_CHUNK = 16384
 _RAW_CHUNK = 8192
@@ -91,21 +94,28 @@ class TableFile:
         self.label = label
         try:
             self._file = h5py.File(source, "r")
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as exc:
+            raise FileNotFoundError(errno.ENOENT, "no such file", label) from exc
         except OSError as exc:
             raise CorruptShardError(
-                f"{label}: not a readable HDF5 file ({exc}); it is left where it is, and what it "
-                "held is computed again by the next `basin run`"
+                f"{label}: not a readable HDF5 file ({exc}); what a shard held is computed again "
+                "by the next `basin run`, a segment must be put back from a copy of the store"
             ) from exc
-        version = self._file.attrs.get("schema_version")
-        if self._file.attrs.get("format") != FORMAT or version is None:
+        try:
+            version = int(self._file.attrs["schema_version"])
+            ours = bool(self._file.attrs["format"] == FORMAT)
+        except _DAMAGE:
+            ours = False
+        if not ours:
             self._file.close()
-            raise CorruptShardError(f"{label}: an HDF5 file, but not one of Basin's")
-        if int(version) != SCHEMA_VERSION:
+            raise CorruptShardError(
+                f"{label}: an HDF5 file, but not one of Basin's; it is left where it is and passed "
+                "by: move it out of the store"
+            )
+        if version != SCHEMA_VERSION:
             self._file.close()
             raise StoreVersionError(
-                f"{label}: written with store schema {int(version)}, this Basin reads schema "
+                f"{label}: written with store schema {version}, this Basin reads schema "
                 f"{SCHEMA_VERSION}; read it with the Basin release that wrote it"
             )
 
@@ -121,7 +131,10 @@ class TableFile:
 
     def n_rows(self, table: str) -> int:
         """Return the number of rows of a table in the file."""
-        return int(self._file[table].attrs["n_rows"]) if table in self._file else 0
+        try:
+            return int(self._file[table].attrs["n_rows"]) if table in self._file else 0
+        except _DAMAGE as exc:
+            raise self._damaged(table, exc) from exc
 
     def read(
         self, table: str, names: Sequence[str] | None = None, rows: slice | None = None
@@ -132,8 +145,14 @@ class TableFile:
         try:
             group = self._file[table]
             return Rows(schema, {c.name: self._column(group, c, rows) for c in wanted})
-        except (OSError, KeyError, RuntimeError) as exc:
-            raise CorruptShardError(f"{self.label}: table {table} cannot be read ({exc})") from exc
+        except _DAMAGE as exc:
+            raise self._damaged(table, exc) from exc
+
+    def _damaged(self, table: str, exc: Exception) -> CorruptShardError:
+        return CorruptShardError(
+            f"{self.label}: table {table} cannot be read ({exc}); the file was altered or its disk "
+            "is failing: put it back from a copy of the store"
+        )
 
     @staticmethod
     def _column(group: Any, column: Column, rows: slice | None) -> Values:

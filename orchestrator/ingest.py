@@ -273,8 +273,11 @@ def ingest(campaign: Campaign, store: Store, digest: str) -> None:
 def main() -> None:
     """Entry point of the reading process: CAMPAIGN STORE DIGEST."""
     from orchestrator.campaign import load_campaign
+    from orchestrator.child import die_with_parent
     from orchestrator.errors import BasinError
 
+    # A next driver starts a reading of its own.
+    die_with_parent()
     try:
         ingest(load_campaign(Path(sys.argv[1])), Store(sys.argv[2]), sys.argv[3])
     except BasinError as exc:

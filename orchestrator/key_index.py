@@ -28,6 +28,10 @@ class KeyIndex:
 
     def extend(self, keys: NDArray[np.uint64], codes: NDArray[np.uint8]) -> None:
         """Add keys (K, 2) with their codes (K,); of equal keys the smallest code counts."""
+        self._flush()
+        self._merge(keys, codes)
+
+    def _merge(self, keys: NDArray[np.uint64], codes: NDArray[np.uint8]) -> None:
         hi = np.concatenate([self._hi, keys[:, 0]])
         lo = np.concatenate([self._lo, keys[:, 1]])
         code = np.concatenate([self._code, codes])
@@ -43,16 +47,19 @@ class KeyIndex:
             return False
         self._new[hi, lo] = code
         if len(self._new) >= _BUFFER:
-            self.items()
+            self._flush()
         return True
 
-    def items(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-        """Return all keys (K, 2), sorted, and their codes (K,)."""
+    def _flush(self) -> None:
         if self._new:
             new = np.array(list(self._new), np.uint64)
             codes = np.array(list(self._new.values()), np.uint8)
             self._new = {}
-            self.extend(new, codes)
+            self._merge(new, codes)
+
+    def items(self) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Return all keys (K, 2), sorted, and their codes (K,)."""
+        self._flush()
         return np.stack([self._hi, self._lo], axis=1), self._code
 
     def get(self, hi: int, lo: int) -> int:
@@ -60,10 +67,14 @@ class KeyIndex:
         code = self._new.get((hi, lo))
         if code is not None:
             return code
-        return int(self.lookup(np.array([[hi, lo]], np.uint64))[0])
+        return int(self._find(np.array([[hi, lo]], np.uint64))[0])
 
     def lookup(self, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
         """Return the codes (K,) of keys (K, 2); ABSENT where a key is not known."""
+        self._flush()
+        return self._find(keys)
+
+    def _find(self, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
         found: NDArray[np.uint8] = np.full(len(keys), ABSENT, np.uint8)
         if not len(self._hi):
             return found

@@ -8,11 +8,11 @@ import os
 import re
 import uuid
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from orchestrator.errors import StoreError
-from orchestrator.shard import TEMPORARY, sync_folder
+from orchestrator.shard import TEMPORARY, sync_folder, writing_error
 
 _NAME = re.compile(r"^(\d{10})\.json$")
 _KEPT = 16
@@ -81,24 +81,33 @@ def _generations(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> Manifest:
-    """Return the newest manifest whose checksum holds; generation 0 where there is none."""
-    for generation in _generations(folder):
+    """Return the newest manifest whose checksum holds; an empty one where there is none.
+
+    It carries the highest number in use, so that its successor's number is free even where the
+    newest file is damaged.
+    """
+    generations = _generations(folder)
+    for generation in generations:
         try:
             found = decode((folder / f"{generation:010d}.json").read_bytes())
         except FileNotFoundError:
             continue
         if found is not None:
-            return found
-    return Manifest()
+            return replace(found, generation=generations[0])
+    return Manifest(generation=generations[0] if generations else 0)
 
 
 def publish(folder: Path, manifest: Manifest) -> bool:
-    """Publish a generation; False if another process published that number first."""
+    """Publish a generation; False if another process published that number first.
+
+    Raises StoreFullError when the disk or quota is full, StoreError when it cannot be written.
+    """
     temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}.json"
     path = folder / f"{manifest.generation:010d}.json"
+    data = manifest.encode()
     try:
         with open(temporary, "wb") as file:
-            file.write(manifest.encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -106,6 +115,8 @@ def publish(folder: Path, manifest: Manifest) -> bool:
         except FileExistsError:
             return False
         except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             # NFS may carry the link out and lose the answer; the link count tells.
             if temporary.stat().st_nlink != 2:
                 raise StoreError(
@@ -113,6 +124,8 @@ def publish(folder: Path, manifest: Manifest) -> bool:
                     "file system must allow hard links: put the store on one that does"
                 ) from exc
         sync_folder(folder)
+    except OSError as exc:
+        raise writing_error(path, len(data), exc) from exc
     finally:
         temporary.unlink(missing_ok=True)
     for old in _generations(folder)[_KEPT:]:

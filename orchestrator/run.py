@@ -22,6 +22,7 @@ from orchestrator.columns import from_records
 from orchestrator.counts import StageCounts
 from orchestrator.errors import BasinError, CorruptShardError, RunError
 from orchestrator.forecast import learned_estimates
+from orchestrator.interchange import DRIVER_PID
 from orchestrator.key_index import KeyIndex
 from orchestrator.lock import DriverLock
 from orchestrator.molecules import find_files, sources_digest
@@ -39,6 +40,7 @@ BACKLOG_ITEMS = 8192
 COMPACT_SHARDS = 256
 COMPACT_EVERY_S = 120.0
 LOSS_LIMIT = 2
+BLOCK_FAILURE_LIMIT = 3
 _TICK_S = 0.2
 
 
@@ -123,6 +125,8 @@ class Driver:
         self._core_s = 0.0
         self._lost = 0
         self._reader: subprocess.Popen[bytes] | None = None
+        self._failed_blocks: dict[str, int] = {}
+        self._forgiven_blocks: dict[str, int] = {}
         self.notes: list[str] = []
 
     def run(self) -> Summary:
@@ -163,6 +167,8 @@ class Driver:
             [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            # A Ctrl-C at the terminal is for the driver, which then ends these in good order.
+            process_group=0,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"},
         )
 
@@ -171,7 +177,6 @@ class Driver:
         def interrupt(number: int, frame: Any) -> None:
             self._interrupts += 1
             if self._interrupts > 1:
-                os.environ["BASIN_STOPPED"] = "1"
                 raise KeyboardInterrupt
             self.draining = True
 
@@ -190,6 +195,8 @@ class Driver:
 
         logging.getLogger("parsl").setLevel(logging.CRITICAL)
         prepare(self.site, self.store.path / "logs" / self.run_id)
+        os.environ[DRIVER_PID] = str(os.getpid())
+        self._tolerate_lost_blocks()
         try:
             kernel = parsl.load(self.site.config)
         except Exception as exc:
@@ -208,6 +215,26 @@ class Driver:
                 kernel.cleanup()
             parsl.clear()
 
+    def _tolerate_lost_blocks(self) -> None:
+        """Let a pool break down only when several blocks in a row fail with nothing done between.
+
+        Parsl's own rule would end the run with the first block that is lost.
+        """
+        from parsl.jobs.error_handlers import simple_error_handler
+        from parsl.jobs.states import JobState
+
+        def judge(executor: Any, blocks: dict[str, Any]) -> None:
+            bad = (JobState.FAILED, JobState.MISSING)
+            failed = sum(1 for block in blocks.values() if block.state in bad)
+            self._failed_blocks[executor.label] = failed
+            if failed - self._forgiven_blocks.get(executor.label, 0) >= BLOCK_FAILURE_LIMIT:
+                simple_error_handler(executor, {k: b for k, b in blocks.items() if b.state in bad})
+
+        executors: list[Any] = list(self.site.config.executors)
+        for executor in executors:
+            if getattr(executor, "block_error_handler", None) is simple_error_handler:
+                executor.block_error_handler = judge
+
     # -- the loop ---------------------------------------------------------------------------
 
     def _loop(self, lock: DriverLock, apps: dict[str, Any]) -> None:
@@ -218,7 +245,7 @@ class Driver:
             if self.draining and not told:
                 lock.say(drain=True)
                 told = True
-            self._absorb(wait=bool(self._flying) and not self._room(workers))
+            self._absorb()
             self._check_reader()
             if not self.draining:
                 self._refill()
@@ -234,14 +261,6 @@ class Driver:
 
     def _finished(self) -> bool:
         return self.stream.exhausted and not self.stream.backlog()
-
-    def _room(self, workers: dict[str, int]) -> bool:
-        """Whether a bundle could be submitted now."""
-        if self.draining:
-            return False
-        limit = sum(n * self.campaign.run.window for n in workers.values())
-        more = not self.stream.exhausted or self.stream.backlog() > 0
-        return more and len(self._flying) < limit
 
     def _refill(self) -> None:
         while self.stream.backlog() < BACKLOG_ITEMS and self.stream.pull():
@@ -272,10 +291,11 @@ class Driver:
             future.add_done_callback(lambda done, b=bundle: self._done.put((b, done)))
             flying += 1
 
-    def _absorb(self, wait: bool) -> None:
-        """Take in finished bundles; wait a moment for the first one if asked."""
+    def _absorb(self) -> None:
+        """Take in finished bundles; wait a moment for the first one."""
         try:
-            bundle, future = self._done.get(timeout=_TICK_S if wait else 0.0)
+            # All that could be submitted was: only a finished bundle or a new chunk changes that.
+            bundle, future = self._done.get(timeout=_TICK_S if self._flying else 0.0)
             while True:
                 self._flying.pop(bundle.id)
                 error = future.exception()
@@ -292,11 +312,13 @@ class Driver:
         where = np.frombuffer(receipt.shard, np.uint16)
         cpu = np.frombuffer(receipt.cpu_s, np.float32)
         wall = np.frombuffer(receipt.wall_s, np.float32)
+        pool = bundle.stage.pool
+        self._forgiven_blocks[pool] = self._failed_blocks.get(pool, 0)
         stage = bundle.stage.index
         self._core_s += float(cpu.sum())
         self._shards += len(receipt.shards)
-        if receipt.first_start and not self._first_start:
-            self._first_start = receipt.first_start
+        if receipt.first_start:
+            self._first_start = min(self._first_start or np.inf, receipt.first_start)
         ok = status == 0
         atoms = np.array([item.n_atoms for item in bundle.items], np.int64)
         self.stream.estimates[stage].learn(atoms[ok], wall[ok])

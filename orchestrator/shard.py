@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import uuid
@@ -32,13 +33,19 @@ def write_whole(path: Path, data: bytes) -> None:
         os.rename(temporary, path)
         sync_folder(path.parent)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFullError(
-                f"{path.parent}: no space left for {len(data)} bytes; free some space (or raise "
-                "the quota) and start the same command again: finished work is kept"
-            ) from exc
-        raise StoreError(f"{path}: cannot be written: {exc.strerror}") from exc
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise writing_error(path, len(data), exc) from exc
+
+
+def writing_error(path: Path, size: int, exc: OSError) -> StoreError:
+    """Return the error to raise where writing ``size`` bytes to ``path`` failed."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError(
+            f"{path.parent}: no space left for {size} bytes; free some space (or raise the "
+            "quota) and start the same command again: finished work is kept"
+        )
+    return StoreError(f"{path}: cannot be written: {exc.strerror}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,10 +6,11 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    import pyarrow
+    from rich.console import Console, RenderableType
 
     from orchestrator.counts import StageCounts
     from orchestrator.run import Progress
@@ -22,6 +23,9 @@ def duration(seconds: float | None) -> str:
     """Return seconds in the units a person would use; `-` for None."""
     if seconds is None:
         return "-"
+    if seconds < 1:
+        return "less than 1 s"
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:
@@ -31,18 +35,92 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 86400:.1f} d"
 
 
-def counts_table(counts: list[StageCounts], title: str = "") -> RenderableType:
-    """Return a table of stages: planned = ok + failed + cut off + waiting."""
+def core_hours(hours: float) -> str:
+    """Return core-hours with three digits that count, and never as a power of ten."""
+    if 0 < hours < 0.001:
+        return "less than 0.001"
+    return f"{hours:.3g}" if hours < 1000 else f"{hours:,.0f}"
+
+
+def console() -> Console:
+    """Return where tables go: as wide as the terminal, or as they need where there is none."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 1_000_000
+    return Console(highlight=False, soft_wrap=True, width=width)
+
+
+def counts_table(counts: list[StageCounts]) -> RenderableType:
+    """Return a table of stages: planned = ok + failed + not reached + waiting."""
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("stage")
-    for name in ("planned", "ok", "failed", "cut off", "waiting"):
+    for name in ("planned", "ok", "failed", "not reached", "waiting"):
         table.add_column(name, justify="right")
     for c in counts:
         numbers = (c.planned, c.ok, c.failed, c.upstream, c.waiting)
         table.add_row(c.stage, *(f"{n:,}" for n in numbers))
     return table
+
+
+_NUMBER_DIGITS = 6
+_CELL_WIDTH = 60
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        # An energy of -4220 eV counts to the meV, a force of 0.02 eV/Å to its leading digits.
+        return f"{value:.{_NUMBER_DIGITS}f}" if abs(value) >= 1 else f"{value:.{_NUMBER_DIGITS}g}"
+    if isinstance(value, list):
+        text = "[" + ", ".join(_cell(part) for part in value[:_CELL_WIDTH]) + "]"
+        return text if len(text) <= _CELL_WIDTH else f"{text[: _CELL_WIDTH - 1]}…"
+    return str(value)
+
+
+def show_answer(table: pyarrow.Table, limit: int | None) -> None:
+    """Print the answer to a query, at most ``limit`` rows of it (None: all).
+
+    A table that is wider than the terminal is printed row by row, one value a line.
+    """
+    import pyarrow as pa
+
+    names = table.column_names
+    rows = table if limit is None else table.slice(0, limit)
+    columns = [[_cell(value) for value in column.to_pylist()] for column in rows.columns]
+    widths = [max(map(len, [name, *cells])) for name, cells in zip(names, columns, strict=True)]
+    out = console()
+    if not rows.num_rows:
+        print("  ".join(names))
+        print("no rows")
+    elif sys.stdout.isatty() and sum(widths) + 2 * len(widths) > out.width:
+        label = max(map(len, names))
+        for row in range(rows.num_rows):
+            print(f"-- row {row + 1}")
+            for name, cells in zip(names, columns, strict=True):
+                print(f"{name:<{label}}  {cells[row]}".rstrip())
+    else:
+        numbers = [pa.types.is_integer(t) or pa.types.is_floating(t) for t in table.schema.types]
+        align = [">" if number else "<" for number in numbers]
+        for cells in [names, *zip(*columns, strict=True)]:
+            line = (f"{c:{a}{w}}" for c, a, w in zip(cells, align, widths, strict=True))
+            print("  ".join(line).rstrip())
+    if rows.num_rows < table.num_rows:
+        print(f"... {table.num_rows:,} rows in all; --limit shows more, --csv all")
+
+
+def answer_csv(table: pyarrow.Table, target: BinaryIO) -> None:
+    """Write the answer to a query as comma-separated values; lists become JSON."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    for at, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type) and not pa.types.is_dictionary(field.type):
+            cells = [None if v is None else json.dumps(v) for v in table.column(at).to_pylist()]
+            table = table.set_column(at, field.name, pa.array(cells, pa.string()))
+    pyarrow.csv.write_csv(table, target)
 
 
 class Shower:
@@ -59,6 +137,9 @@ class Shower:
             from rich.live import Live
 
             self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
+        else:
+            # At the very start a line would say nothing.
+            self._last = time.monotonic()
 
     def __enter__(self) -> Shower:
         if self._live is not None:
@@ -93,7 +174,7 @@ def _line(progress: Progress) -> str:
     return (
         f"[{duration(progress.elapsed_s)}] {stages} of {progress.entries}{more} entries; "
         f"{progress.rate:.1f}/s, {duration(progress.left_s)} left, "
-        f"{progress.core_s / 3600:.3f} core-hours"
+        f"{core_hours(progress.core_s / 3600)} core-hours"
         + ("; draining" if progress.draining else "")
         + "".join(f"; {note}" for note in progress.notes[-1:])
     )
@@ -111,7 +192,7 @@ def _panel(progress: Progress) -> RenderableType:
     )
     tail = Text(
         f"{progress.rate:.1f} tasks/s, {duration(progress.left_s)} left, "
-        f"{progress.core_s / 3600:.3f} core-hours, {progress.in_flight} bundles under way"
+        f"{core_hours(progress.core_s / 3600)} core-hours, {progress.in_flight} bundles under way"
     )
     notes = [Text(note, style="yellow") for note in progress.notes]
     return Group(head, counts_table(progress.stages), tail, *notes)

@@ -45,9 +45,7 @@ class Site:
 
 
 def _workers(executor: Any) -> int:
-    provider = getattr(executor, "provider", None)
-    if provider is None:
-        return int(getattr(executor, "max_threads", 1))
+    provider = executor.provider
     limit = executor.max_workers_per_node
     per_node = int(executor.workers_per_node if limit == float("inf") else limit)
     return max(1, per_node * int(provider.nodes_per_block) * max(1, int(provider.max_blocks)))
@@ -71,22 +69,24 @@ def _module(name: str) -> ModuleType:
         )
     if not path.is_file():
         raise SiteError(f"--site {name}: there is no such file")
+    # An absolute path, so that the lines of a traceback can be told from those of libraries.
+    path = path.absolute()
     spec = importlib.util.spec_from_file_location(f"basin_site_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise _broken(path, exc) from exc
     return module
 
 
-def _broken(path: Path | str, exc: Exception) -> SiteError:
+def _broken(path: Path | str, exc: BaseException) -> SiteError:
     frames = [f for f in traceback.extract_tb(exc.__traceback__) if f.filename == str(path)]
     where = f"{path}, line {frames[-1].lineno}" if frames else str(path)
-    if isinstance(exc, SyntaxError):
-        where = f"{path}, line {exc.lineno}"
+    if isinstance(exc, SyntaxError) and exc.filename == str(path):
+        return SiteError(f"site file {path}, line {exc.lineno}: SyntaxError: {exc.msg}")
     return SiteError(f"site file {where}: {type(exc).__name__}: {exc}")
 
 
@@ -98,6 +98,7 @@ def load_site(name: str, *, workers: int | None = None) -> Site:
     Raises SiteError when the site is missing or broken.
     """
     from parsl.config import Config
+    from parsl.executors import HighThroughputExecutor
 
     module = _module(name)
     config = getattr(module, "config", None)
@@ -110,7 +111,7 @@ def load_site(name: str, *, workers: int | None = None) -> Site:
             )
         try:
             config = make(workers=workers) if "workers" in takes else make()
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             raise _broken(module.__file__ or name, exc) from exc
     elif workers is not None:
         raise SiteError(f"site {name!r}: gives a finished config; set its workers there")
@@ -122,6 +123,13 @@ def load_site(name: str, *, workers: int | None = None) -> Site:
         raise SiteError(
             f"site {name!r}: its config is a {type(config).__name__}, not a parsl.config.Config"
         )
+    executors: list[Any] = list(config.executors)
+    for executor in executors:
+        if not isinstance(executor, HighThroughputExecutor):
+            raise SiteError(
+                f"site {name!r}: pool {executor.label!r} is a {type(executor).__name__}; Basin "
+                "runs on a parsl HighThroughputExecutor (or its MPIExecutor)"
+            )
     return Site(name, config)
 
 
@@ -142,7 +150,8 @@ def prepare(site: Site, run_dir: Path) -> None:
 def batch_scripts(site: Site) -> dict[str, str]:
     """Return, by pool, the batch script that Parsl would submit; nothing is submitted.
 
-    Pools on the local machine have none.
+    The script ends with the command that would submit it, which may hold options of its own.
+    Pools on the local machine have none. Raises SiteError where Parsl cannot make the script.
     """
     scripts: dict[str, str] = {}
     executors: list[Any] = list(site.config.executors)
@@ -166,11 +175,17 @@ def batch_scripts(site: Site) -> dict[str, str]:
 
             provider.execute_wait = capture
             try:
-                provider.submit(executor.launch_cmd, 1, "basin")
-            except Exception:
+                provider.submit(executor.launch_cmd.format(block_id="0"), 1, "basin")
+            except Exception as exc:
                 # Nothing was submitted, so the provider finds no job id; the script is there.
                 if not submitted:
-                    raise
+                    raise SiteError(
+                        f"site {site.name!r}, pool {executor.label!r}: its "
+                        f"{type(provider).__name__} cannot make a batch script: "
+                        f"{type(exc).__name__}: {exc}"
+                    ) from exc
             files = [Path(word) for word in shlex.split(submitted[-1]) if Path(word).is_file()]
-            scripts[executor.label] = files[-1].read_text() if files else submitted[-1]
+            script = files[-1].read_text().rstrip() if files else ""
+            text = f"{script}\n# submitted with: {submitted[-1]}\n".lstrip()
+            scripts[executor.label] = text.replace(folder, "RUN_DIR")
     return scripts

@@ -112,6 +112,13 @@ def drop_duplicates(rows: Rows) -> Rows:
     return rows.take(keep)
 
 
+def _gone(exc: FileNotFoundError) -> StoreError:
+    return StoreError(
+        f"{exc.filename or exc}: this file of the store is gone; put it back from a copy of the "
+        "store"
+    )
+
+
 class Store:
     """A campaign's results on disk; opening it for reading changes nothing.
 
@@ -129,6 +136,8 @@ class Store:
             ) from exc
         except (OSError, ValueError) as exc:
             raise StoreError(f"{self.path / 'campaign.json'}: cannot be read: {exc}") from exc
+        if not isinstance(self.about, dict):
+            raise StoreError(f"{self.path / 'campaign.json'}: is not a description of a store")
         version = self.about.get("schema_version")
         if version != SCHEMA_VERSION:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
@@ -213,9 +222,9 @@ class Store:
         for attempt in range(_READ_ATTEMPTS):
             try:
                 return self.snapshot().read(table, names)
-            except FileNotFoundError:
+            except FileNotFoundError as exc:
                 if attempt == _READ_ATTEMPTS - 1:
-                    raise
+                    raise _gone(exc) from exc
         raise AssertionError("unreachable")
 
     def geometries(
@@ -227,7 +236,10 @@ class Store:
                 return self._geometries(keys)
             except FileNotFoundError:
                 continue  # compacted away meanwhile
-        return self._geometries(keys)
+        try:
+            return self._geometries(keys)
+        except FileNotFoundError as exc:
+            raise _gone(exc) from exc
 
     def _geometries(
         self, keys: Sequence[bytes]

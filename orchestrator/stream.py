@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator import ingest
+from orchestrator.columns import key_words
 from orchestrator.key_index import ABSENT, KeyIndex
 from orchestrator.plan import Item, Plan, StagePlan, standing
 
@@ -118,20 +119,26 @@ class Stream:
         """Count a finished item and release what was waiting for it."""
         if not ok:
             self.failed[stage] += 1
-            self._cut(stage)
+            self._cut(stage, item.key, item.conformer)
             return
         self.ok[stage] += 1
         for child in self.plan.children[stage]:
             key = self.plan.stages[child].key(item.key, item.conformer)
             next_item = item._replace(key=key, parent_key=item.key, hint=shard, losses=0)
-            hi, lo = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
-            if self._index.get(hi, lo) == ABSENT:
+            if self._index.get(*key_words(key)) == ABSENT:
                 self.push(child, next_item)
 
-    def _cut(self, stage: int) -> None:
+    def _cut(self, stage: int, key: bytes, conformer: int) -> None:
         for child in self.plan.children[stage]:
+            child_key = self.plan.stages[child].key(key, conformer)
+            # Known where the parent's row was lost to a damaged file, and its own was not.
+            code = self._index.get(*key_words(child_key))
+            if code == 0:
+                self.ok[child] -= 1
+            elif code != ABSENT:
+                self.failed[child] -= 1
             self.upstream[child] += 1
-            self._cut(child)
+            self._cut(child, child_key, conformer)
 
     def backlog(self) -> int:
         """Return the number of items ready to run."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator import shard
+from orchestrator import child, shard
 from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
 from orchestrator.guard import Guard
@@ -62,7 +63,19 @@ class Receipt:
     restarts: int = 0
 
 
-_guard: Guard | None = None
+# One guard per thread, for sites whose workers are threads.
+_here = threading.local()
+
+
+def _own_guard() -> Guard:
+    """Return this worker's guard; with the first, tie a Parsl worker to its manager's life."""
+    if not hasattr(_here, "guard"):
+        if "PARSL_WORKER_RANK" in os.environ:
+            # Parsl's worker looks for its manager between bundles only.
+            child.die_with_parent()
+        _here.guard = Guard()
+    guard: Guard = _here.guard
+    return guard
 
 
 def checkpoint_path(store: Path, key: bytes) -> Path:
@@ -165,6 +178,8 @@ class _Batch:
         return len(self.records["tasks"])
 
     def add(self, item: Item, outcome: dict[str, Any]) -> None:
+        if not len(self):
+            self.since = time.monotonic()
         stage = self.bundle.stage
         ladder = "; ".join(outcome["ladder"])
         parent = item.parent_key if stage.parent >= 0 else NO_KEY
@@ -203,7 +218,9 @@ class _Batch:
                 row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
             self.records.setdefault(table, []).append(row)
         self.nbytes += outcome.get("nbytes", 300)
-        if outcome.get("checkpointed"):
+        # A time limit may be raised, so that state is kept; these would fail again from it.
+        final = stage.kernel == "relax" and outcome["status"] in ("convergence", "not_finite")
+        if outcome.get("checkpointed") or final:
             self.resumed.append(item)
 
     def full(self) -> bool:
@@ -226,9 +243,7 @@ class _Batch:
 
 def run_bundle(bundle: Bundle) -> Receipt:
     """Run a bundle and return its receipt (called by Parsl in a worker process)."""
-    global _guard
-    if _guard is None:
-        _guard = Guard()
+    guard = _own_guard()
     host = socket.gethostname()
     block = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or ""
     block = block or f"local-{os.environ.get('PARSL_WORKER_BLOCK_ID', '0')}"
@@ -244,8 +259,13 @@ def run_bundle(bundle: Bundle) -> Receipt:
         status[:] = NO_PARENT
         status[where] = NOT_STARTED
         batch = _Batch(bundle, host, block)
-        restarts = _guard.restarts
-        for index, outcome in _outcomes(bundle, payloads, control):
+        restarts = guard.restarts
+
+        def seal_if_due() -> None:
+            if batch.full():
+                receipt.shards.append(str(batch.seal()))
+
+        for index, outcome in _outcomes(guard, bundle, payloads, control, seal_if_due):
             i = where[index]
             receipt.first_start = receipt.first_start or outcome["started_s"]
             cpu[i], wall[i] = outcome["cpu_s"], outcome["wall_s"]
@@ -254,11 +274,10 @@ def run_bundle(bundle: Bundle) -> Receipt:
             batch.add(bundle.items[i], outcome)
             status[i] = STATUSES.index(outcome["status"])
             shard_of[i] = len(receipt.shards)
-            if batch.full():
-                receipt.shards.append(str(batch.seal()))
+            seal_if_due()
         if len(batch):
             receipt.shards.append(str(batch.seal()))
-        receipt.restarts = _guard.restarts - restarts
+        receipt.restarts = guard.restarts - restarts
     receipt.status = status.tobytes()
     receipt.shard = shard_of.tobytes()
     receipt.cpu_s = cpu.tobytes()
@@ -267,15 +286,19 @@ def run_bundle(bundle: Bundle) -> Receipt:
 
 
 def _outcomes(
-    bundle: Bundle, payloads: list[Payload], control: _Control
+    guard: Guard,
+    bundle: Bundle,
+    payloads: list[Payload],
+    control: _Control,
+    on_wait: Callable[[], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    assert _guard is not None
     stage = bundle.stage
-    return _guard.run(
+    return guard.run(
         Call(stage.kernel, stage.settings, bundle.checkpoint_every),
         payloads,
         time_limit=stage.time_limit,
         memory_limit=stage.memory_limit,
         crash_limit=bundle.crash_limit,
         should_stop=control.should_stop,
+        on_wait=on_wait,
     )

@@ -9,6 +9,15 @@ if TYPE_CHECKING:
     from parsl.config import Config
 
 
+def _asked_for() -> int | None:
+    text = os.environ.get("BASIN_WORKERS", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"BASIN_WORKERS={text!r}: give a whole number of workers, 1 or more")
+    return int(text)
+
+
 def make_config(workers: int | None = None) -> Config:
     """Return a configuration with one pool, `cpu`.
 
@@ -20,7 +29,7 @@ def make_config(workers: int | None = None) -> Config:
     from parsl.providers import LocalProvider
 
     cores = len(os.sched_getaffinity(0))
-    count = workers or int(os.environ.get("BASIN_WORKERS", "0")) or cores
+    count = workers or _asked_for() or cores
     return Config(
         executors=[
             HighThroughputExecutor(
