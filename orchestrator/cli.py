@@ -163,7 +163,7 @@ def plan(
     console.print(
         "nothing is left to do"
         if all(s.done == s.tasks for s in found.stages)
-        else f"what is left takes about {core_hours(found.core_hours)} core-hours, "
+        else f"what is left takes {core_hours(found.core_hours)} core-hours, "
         f"{duration(found.wall_s)} on site {found.site!r}\n"
         f"({', '.join(f'pool {p}: {n} workers' for p, n in found.workers.items())}; estimated "
         f"from {found.estimates_from})",
@@ -188,11 +188,12 @@ def run(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Start a campaign, or go on with it: the same command again resumes.
+    """Start a campaign or go on with it; the same command resumes.
 
     Ctrl-C finishes the running items and stops; a second Ctrl-C stops at once. Neither loses
     finished work.
     """
+    from orchestrator.molecules import find_files
     from orchestrator.run import Driver
     from orchestrator.shard import write_whole
     from orchestrator.show import Shower, core_hours, counts_table, duration
@@ -201,6 +202,7 @@ def run(
 
     campaign = _campaign(file, store)
     loaded = load_site(site, workers=workers)
+    find_files(campaign.molecules, campaign.path.parent)  # before a store is made for nothing
     with Shower(as_json=as_json) as shower:
         driver = Driver(campaign, loaded, retry_failed=retry_failed, show=shower)
         origin = json.dumps({"path": str(campaign.path.absolute())}).encode()
@@ -260,9 +262,10 @@ def _print_problems(problems: dict[str, str]) -> None:
 
 @app.command()
 def status(place: Place, as_json: JsonOption = False) -> None:
-    """Say how a campaign stands: planned = ok + failed + not reached + waiting.
+    """Say how a campaign stands: done, failed, waiting.
 
-    Not reached are tasks that can never start, since an earlier stage failed for them.
+    planned = ok + failed + not reached + waiting; not reached are tasks that can never start,
+    since an earlier stage failed for their molecule.
     """
     from orchestrator import lock
     from orchestrator.status import stand
@@ -316,7 +319,10 @@ def explain(
 @app.command()
 def query(
     sql: Annotated[
-        str, typer.Argument(help="SQL over molecules, geometries, relaxations, frames, tasks.")
+        str,
+        typer.Argument(
+            metavar="SQL", help="SQL over molecules, geometries, relaxations, frames, tasks."
+        ),
     ],
     place: Place,
     as_json: JsonOption = False,
@@ -342,7 +348,7 @@ def query(
 @app.command()
 def export(
     place: Place,
-    target: Annotated[Path, typer.Argument(help="File or folder to write.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="File or folder to write.")],
     kind: Annotated[
         str, typer.Option("--as", help="parquet, sdf, extxyz or hdf5 (default: from the name).")
     ] = "",
@@ -351,7 +357,7 @@ def export(
     frames: Annotated[bool, typer.Option("--frames", help="Whole paths (extxyz).")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the target.")] = False,
 ) -> None:
-    """Write results for other programs: Parquet, SDF, extended xyz, one HDF5 file."""
+    """Write results as Parquet, SDF, extended xyz or one HDF5 file."""
     from orchestrator.export import export as export_to
 
     if not kind and target.suffix not in _ENDINGS:
@@ -372,7 +378,7 @@ def export(
 def report(
     place: Place,
     target: Annotated[
-        Path | None, typer.Argument(help="Default: report.html in the store.")
+        Path | None, typer.Argument(metavar="TARGET", help="Default: report.html in the store.")
     ] = None,
 ) -> None:
     """Write the report: one HTML file with figures, to read or to send."""
@@ -419,7 +425,7 @@ def doctor(as_json: JsonOption = False) -> None:
 def main() -> None:
     """Run the command; every error of Basin's own ends as one message, never a traceback."""
     try:
-        app()
+        app(prog_name="basin")
     except BasinError as exc:
         print(f"basin: {exc}", file=sys.stderr)
         sys.exit(exc.exit_code)

@@ -24,9 +24,10 @@ from orchestrator.manifest import Manifest, Segment
 from orchestrator.schema import TABLES
 from orchestrator.store import Store, drop_duplicates
 
-PASS_BYTES = 192 << 20
+# Of uncompressed rows; a pass holds about four times as much at its worst moment.
+PASS_BYTES = 128 << 20
 SEGMENT_ROWS = 1_000_000
-SEGMENT_BYTES = 512 << 20
+SEGMENT_BYTES = 256 << 20
 GRACE_S = 24 * 3600.0
 STRAY_S = 48 * 3600.0
 
@@ -130,8 +131,12 @@ def _still_there(store: Store, files: dict[str, float]) -> dict[str, float]:
 def _merge(
     store: Store, table: str, segments: list[Segment], pieces: list[Rows], generation: int
 ) -> tuple[list[Segment], list[Segment]]:
-    """Return the old segments that stay, and the new ones made of ``pieces`` and the others."""
+    """Return the old segments that stay, and the new ones made of ``pieces`` and the others.
+
+    ``pieces`` is emptied, so that its rows need not be held twice.
+    """
     rows = drop_duplicates(concat(pieces))
+    pieces.clear()
     mine = [s for s in segments if s.table == table]
     kept: list[Segment] = []
     absorbed: list[Rows] = []
@@ -155,7 +160,7 @@ def _merge(
             elif twins.any():
                 small = True
             if small:
-                if zlib.crc32(path.read_bytes()) != segment.crc32:
+                if _crc32(path) != segment.crc32:
                     raise CorruptShardError(
                         f"{path}: does not match its checksum in the manifest (altered, or its "
                         "disk is failing); put it back from a copy of the store"
@@ -167,6 +172,8 @@ def _merge(
             else:
                 kept.append(segment)
     merged = drop_duplicates(concat([*absorbed, rows])) if absorbed else rows
+    absorbed.clear()
+    del rows
     if not len(merged):
         return mine, []
     by = merged["mol_key"] if "mol_key" in merged.columns else merged["key"]
@@ -175,7 +182,8 @@ def _merge(
     step = max(1, int(len(merged) * min(1.0, 2 * SEGMENT_BYTES / max(1, merged.nbytes()))))
     new: list[Segment] = []
     for start in range(0, len(merged), step):
-        piece = merged.take(np.arange(start, min(start + step, len(merged))))
+        stop = min(start + step, len(merged))
+        piece = merged.take(np.arange(start, stop)) if stop - start < len(merged) else merged
         data = hdf5.build([piece], kind=f"segment:{table}", campaign=store.name, packed=True)
         name = f"segments/{table}-{generation:06d}-{uuid.uuid4().hex[:8]}.h5"
         try:
@@ -185,6 +193,14 @@ def _merge(
             raise
         new.append(Segment(name, table, len(piece), len(data), zlib.crc32(data)))
     return kept, new
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _delete_old(store: Store, grace_s: float) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from orchestrator import ingest
 from orchestrator.campaign import Campaign
-from orchestrator.columns import Rows
+from orchestrator.columns import Rows, key_words
 from orchestrator.errors import StoreError
 from orchestrator.key_index import KeyIndex
 from orchestrator.plan import Plan, Root, standing
@@ -19,6 +20,7 @@ from orchestrator.stream import MAX_ITEMS, Estimate
 
 _SAMPLE_ROWS = 20_000
 _BAD_EXAMPLES = 5
+_BATCH = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,37 +89,51 @@ def _learn(estimates: list[Estimate], plan: Plan, rows: Rows, atoms: dict[bytes,
             estimates[stage.index].learn(n_atoms[mine].astype(np.int64), wall)
 
 
-def _roots_of_files(campaign: Campaign, plan: Plan) -> tuple[list[Root], int, int, list[str]]:
-    """Read the molecule files; return roots, number of entries, bad ones, and examples of those."""
+@dataclass(slots=True)
+class _Read:
+    """What the molecule files were found to hold."""
+
+    entries: int = 0
+    bad: int = 0
+    molecules: int = 0
+    repeated: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+def _roots_of_files(campaign: Campaign, plan: Plan, read: _Read) -> Iterator[list[Root]]:
+    """Read the molecule files; yield roots in lists, and count into ``read``."""
     from orchestrator.molecules import find_files, read_entries
 
     files = find_files(campaign.molecules, campaign.path.parent)
     seen = KeyIndex()
     roots: list[Root] = []
-    examples: list[str] = []
-    entries = bad = 0
     for entry in read_entries(files, campaign.molecules):
-        entries += 1
+        read.entries += 1
         molecule = entry.molecule
-        flat = plan.from_files and entry.positions is None
-        if molecule is None or flat:
-            bad += 1
-            if bad <= _BAD_EXAMPLES:
-                why = entry.error or "no 3D geometry, and the first stage needs one"
-                examples.append(f"{entry.source}, line {entry.line}: {why}")
+        problem = str(entry.error) if molecule is None else ingest.unfit(entry, plan.from_files)
+        if molecule is None or problem:
+            read.bad += 1
+            if read.bad <= _BAD_EXAMPLES:
+                read.examples.append(f"{entry.source}, line {entry.line}: {problem}")
             continue
-        key = ingest.molecule_key(molecule)
-        origin = key
+        key = origin = ingest.molecule_key(molecule)
+        new = seen.add(*key_words(key))
+        read.molecules += new
         if plan.from_files and entry.positions is not None:
             origin = ingest.geometry_key(key, entry.positions)
-        hi, lo = int.from_bytes(origin[:8], "big"), int.from_bytes(origin[8:], "big")
-        if seen.add(hi, lo):
-            n = len(molecule.numbers)
-            charge, multiplicity = molecule.charge, molecule.multiplicity
-            roots.append(Root(key, origin, molecule.smiles, charge, multiplicity, n))
-    if bad > _BAD_EXAMPLES:
-        examples.append(f"... and {bad - _BAD_EXAMPLES} more")
-    return roots, entries, bad, examples
+            new = seen.add(*key_words(origin))
+        if not new:
+            read.repeated += 1
+            continue
+        n = len(molecule.numbers)
+        charge, multiplicity = molecule.charge, molecule.multiplicity
+        roots.append(Root(key, origin, molecule.smiles, charge, multiplicity, n))
+        if len(roots) == _BATCH:
+            yield roots
+            roots = []
+    yield roots
+    if read.bad > _BAD_EXAMPLES:
+        read.examples.append(f"... and {read.bad - _BAD_EXAMPLES} more")
 
 
 def _what(settings: dict[str, object], kernel: str) -> str:
@@ -141,43 +157,46 @@ def forecast(campaign: Campaign, site: Site) -> Forecast:
     except StoreError:
         if (campaign.store / "campaign.json").exists():
             raise
-    roots, entries, bad, examples = _roots_of_files(campaign, plan)
     estimates = learned_estimates(snapshot, plan)
-    stand = standing(plan, roots, index)
+    n = len(plan.stages)
+    planned, done, left_s = [0] * n, [0] * n, [0.0] * n
+    per_root = plan.tasks_per_root()
+    read = _Read()
+    for roots in _roots_of_files(campaign, plan, read):
+        stand = standing(plan, roots, index)
+        for i, estimate in enumerate(estimates):
+            if not stand.planned[i]:
+                continue
+            finished = stand.ok[i] + stand.failed[i] + stand.upstream[i]
+            share = 1 - finished / stand.planned[i]
+            planned[i] += stand.planned[i]
+            done[i] += finished
+            left_s[i] += share * per_root[i] * sum(estimate.seconds(r.n_atoms) for r in roots)
     workers = site.pools()
     stages: list[StageForecast] = []
     pool_s = dict.fromkeys(workers, 0.0)
-    per_root = [stage.conformers if stage.parent < 0 else 0 for stage in plan.stages]
-    for stage in plan.stages:
-        if stage.parent >= 0:
-            per_root[stage.index] = per_root[stage.parent]
-        i = stage.index
-        per_task = [estimates[i].seconds(root.n_atoms) for root in roots]
-        full_s = sum(per_task) * per_root[i]
-        done = stand.ok[i] + stand.failed[i] + stand.upstream[i]
-        left_s = full_s * (1 - done / stand.planned[i]) if stand.planned[i] else 0.0
-        left = stand.planned[i] - done
-        pool_s[stage.pool] += left_s
-        bundles = max(math.ceil(left_s / campaign.run.bundle_time), math.ceil(left / MAX_ITEMS))
+    for i, stage in enumerate(plan.stages):
+        pool_s[stage.pool] += left_s[i]
+        by_time = math.ceil(left_s[i] / campaign.run.bundle_time)
         stages.append(
             StageForecast(
-                stage.name,
-                _what(stage.settings, stage.kernel),
-                stage.pool,
-                stand.planned[i],
-                done,
-                bundles,
-                left_s / 3600,
+                stage=stage.name,
+                what=_what(stage.settings, stage.kernel),
+                pool=stage.pool,
+                tasks=planned[i],
+                done=done[i],
+                bundles=max(by_time, math.ceil((planned[i] - done[i]) / MAX_ITEMS)),
+                core_hours=left_s[i] / 3600,
             )
         )
     measured = any(estimate.measured for estimate in estimates)
     return Forecast(
         campaign=campaign.name,
         site=site.name,
-        entries=entries,
-        molecules=len({root.mol_key for root in roots}),
-        duplicates=entries - bad - len(roots),
-        bad=bad,
+        entries=read.entries,
+        molecules=read.molecules,
+        duplicates=read.repeated,
+        bad=read.bad,
         stages=stages,
         core_hours=sum(pool_s.values()) / 3600,
         wall_s=max(s / workers[pool] for pool, s in pool_s.items()),
@@ -185,6 +204,6 @@ def forecast(campaign: Campaign, site: Site) -> Forecast:
         estimates_from=(
             "finished tasks of this store" if measured else "figures measured on another machine"
         ),
-        bad_examples=examples,
+        bad_examples=read.examples,
         batch_scripts=batch_scripts(site),
     )

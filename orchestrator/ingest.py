@@ -49,11 +49,17 @@ def geometry_key(mol_key: bytes, positions: np.ndarray[Any, Any]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One sealed chunk of the plan: entries ``start`` to ``stop`` of the molecule files."""
+    """One sealed chunk of the plan: entries ``start`` to ``stop`` of the molecule files.
+
+    ``roots`` is the number of molecules (or geometries from files) that tasks start from, and
+    ``bad`` the number of entries that could not be used; both stand in the file's name.
+    """
 
     path: Path
     start: int
     stop: int
+    roots: int
+    bad: int
 
 
 def plan_folder(store: Store, digest: str) -> Path:
@@ -70,8 +76,8 @@ def chunks(folder: Path) -> list[Chunk]:
         return []
     for name in names:
         if name.endswith(".h5") and not name.startswith("."):
-            start, stop = (int(part) for part in name.split("-")[:2])
-            found[start] = Chunk(folder / name, start, stop)
+            start, *rest = (int(part) for part in name.split("-")[:4])
+            found[start] = Chunk(folder / name, start, *rest)
     whole: list[Chunk] = []
     at = 0
     while at in found:
@@ -83,14 +89,6 @@ def chunks(folder: Path) -> list[Chunk]:
 def is_complete(folder: Path) -> bool:
     """Tell whether the molecule files have been read to their end."""
     return (folder / "complete").exists()
-
-
-def bad_entries(chunk: Chunk) -> int:
-    """Return how many entries of a chunk could not be read as molecules."""
-    with shard.open_shard(chunk.path) as file:
-        if not file.n_rows("tasks"):
-            return 0
-        return int(file.read("tasks", ["status"])["status"].equals("input").sum())
 
 
 def read_roots(chunk: Chunk, plan: Plan) -> list[Root]:
@@ -188,6 +186,16 @@ def _entry_record(entry: Entry, status: str, message: str, mol_key: bytes) -> di
     }
 
 
+def unfit(entry: Entry, needs_geometry: bool) -> str:
+    """Return why the first stage cannot start from a readable entry; empty where it can."""
+    if needs_geometry and entry.positions is None:
+        return (
+            "no 3D geometry in this record, and the first stage needs one; embed first, or give "
+            "3D coordinates"
+        )
+    return ""
+
+
 class Reader:
     """Turns entries of molecule files into table rows, each molecule and geometry once."""
 
@@ -208,10 +216,8 @@ class Reader:
                 shown = f"{entry.error} [{entry.text}]" if entry.text else str(entry.error)
                 tasks.append(_entry_record(entry, "input", shown, NO_KEY))
                 continue
-            if self.with_geometries and entry.positions is None:
-                flat = "no 3D geometry in this record, and the first stage needs one"
-                remedy = "embed first, or give 3D coordinates"
-                tasks.append(_entry_record(entry, "input", f"{flat}; {remedy}", NO_KEY))
+            if problem := unfit(entry, self.with_geometries):
+                tasks.append(_entry_record(entry, "input", problem, NO_KEY))
                 continue
             key = molecule_key(molecule)
             new = self.seen.add(*key_words(key))
@@ -262,11 +268,16 @@ def ingest(campaign: Campaign, store: Store, digest: str) -> None:
         itertools.islice(read_entries(files, campaign.molecules), start, None), start
     ):
         rows = reader.rows(batch)
-        name = f"{start:012d}-{start + len(batch):012d}"
+        stop = start + len(batch)
         if rows:
-            shard.seal(inbox, name, rows, store.name)
-        shard.seal(folder, name, rows, store.name)
-        start += len(batch)
+            shard.seal(inbox, f"{start:012d}-{stop:012d}", rows, store.name)
+        by_table = {part.schema.name: part for part in rows}
+        origin = by_table.get("geometries" if reader.with_geometries else "molecules")
+        tasks = by_table.get("tasks")
+        n_roots = len(origin) if origin is not None else 0
+        n_bad = int(tasks["status"].equals("input").sum()) if tasks is not None else 0
+        shard.seal(folder, f"{start:012d}-{stop:012d}-{n_roots}-{n_bad}", rows, store.name)
+        start = stop
     shard.write_whole(folder / "complete", str(start).encode())
 
 

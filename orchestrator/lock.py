@@ -38,9 +38,13 @@ class DriverLock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise StoreLockedError(self._refusal(store, who(store))) from None
-            self._refuse_if_alive(store)
+            try:
+                if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise StoreLockedError(self._refusal(store, who(store))) from None
+                self._refuse_if_alive(store)
+            except BaseException:
+                self._file.close()
+                raise
         self.say(drain=False)
 
     def _refuse_if_alive(self, store: Path) -> None:

@@ -150,6 +150,13 @@ class Plan:
                     keys[-1] = b""
             yield conformer, keys
 
+    def tasks_per_root(self) -> list[int]:
+        """Return how many tasks of each stage one molecule (or geometry) gives."""
+        per: list[int] = []
+        for stage in self.stages:
+            per.append(stage.conformers if stage.parent < 0 else per[stage.parent])
+        return per
+
 
 @dataclass(slots=True)
 class Standing:

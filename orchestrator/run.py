@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import signal
@@ -26,12 +27,12 @@ from orchestrator.interchange import DRIVER_PID
 from orchestrator.key_index import KeyIndex
 from orchestrator.lock import DriverLock
 from orchestrator.molecules import find_files, sources_digest
-from orchestrator.plan import NO_KEY, Item, Plan, StagePlan
+from orchestrator.plan import Item, Plan, StagePlan
 from orchestrator.schema import STATUSES
 from orchestrator.sites import Site, prepare
 from orchestrator.store import Store
 from orchestrator.stream import Stream
-from orchestrator.worker import NO_PARENT, NOT_STARTED, Bundle, Receipt, run_bundle
+from orchestrator.worker import NO_PARENT, NOT_STARTED, Bundle, Receipt, run_bundle, started_from
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -39,9 +40,12 @@ if TYPE_CHECKING:
 BACKLOG_ITEMS = 8192
 COMPACT_SHARDS = 256
 COMPACT_EVERY_S = 120.0
+ANSWER_LIMIT_S = 30.0
 LOSS_LIMIT = 2
+PARENT_LOOKS = 3
 BLOCK_FAILURE_LIMIT = 3
 _TICK_S = 0.2
+_LOOK_EVERY_S = 2.0
 
 
 @dataclass(slots=True)
@@ -114,9 +118,11 @@ class Driver:
         self._interrupts = 0
         self._done: queue.SimpleQueue[tuple[Bundle, Future[Receipt]]] = queue.SimpleQueue()
         self._flying: dict[str, Bundle] = {}
-        self._stuck: list[list[Item]] = [[] for _ in self.plan.stages]
+        self._orphans: list[tuple[int, Item]] = []
+        self._parent_looks = 0
         self._compactor: subprocess.Popen[bytes] | None = None
         self._compacted = time.monotonic()
+        self._looked = time.monotonic()
         self._shards = 0
         self._serial = 0
         self._started = time.monotonic()
@@ -204,6 +210,10 @@ class Driver:
         try:
             pools = {stage.pool for stage in self.plan.stages}
             self._executors = {pool: kernel.executors[pool] for pool in pools}
+            for executor in self._executors.values():
+                if (client := getattr(executor, "command_client", None)) is not None:
+                    # Parsl would wait for ever for the answer of an interchange that died.
+                    client.run = functools.partial(client.run, timeout_s=ANSWER_LIMIT_S)
             yield {
                 pool: parsl.python_app(
                     run_bundle, data_flow_kernel=kernel, executors=[pool], cache=False
@@ -221,14 +231,22 @@ class Driver:
         Parsl's own rule would end the run with the first block that is lost.
         """
         from parsl.jobs.error_handlers import simple_error_handler
+        from parsl.jobs.errors import TooManyJobFailuresError
         from parsl.jobs.states import JobState
 
         def judge(executor: Any, blocks: dict[str, Any]) -> None:
             bad = (JobState.FAILED, JobState.MISSING)
-            failed = sum(1 for block in blocks.values() if block.state in bad)
-            self._failed_blocks[executor.label] = failed
-            if failed - self._forgiven_blocks.get(executor.label, 0) >= BLOCK_FAILURE_LIMIT:
-                simple_error_handler(executor, {k: b for k, b in blocks.items() if b.state in bad})
+            failed = [block for block in blocks.values() if block.state in bad]
+            self._failed_blocks[executor.label] = len(failed)
+            if len(failed) - self._forgiven_blocks.get(executor.label, 0) >= BLOCK_FAILURE_LIMIT:
+                last = failed[-1]
+                words = (last.stderr_summary or last.message or "no message").strip()
+                executor.set_bad_state_and_fail_all(
+                    TooManyJobFailuresError(
+                        f"{BLOCK_FAILURE_LIMIT} blocks in a row failed, the last with exit status "
+                        f"{last.exit_code}: {words}"
+                    )
+                )
 
         executors: list[Any] = list(self.site.config.executors)
         for executor in executors:
@@ -260,11 +278,30 @@ class Driver:
                 time.sleep(0.05)
 
     def _finished(self) -> bool:
-        return self.stream.exhausted and not self.stream.backlog()
+        """Whether nothing is left to submit, once nothing is under way."""
+        if not self.stream.exhausted or self.stream.backlog():
+            return False
+        if not self._orphans:
+            return True
+        if self._parent_looks == PARENT_LOOKS:
+            self.notes.append(
+                f"{len(self._orphans)} tasks wait: the geometries they start from are not found"
+            )
+            return True
+        # A network file system may show another machine's shard only after a while.
+        self._parent_looks += 1
+        time.sleep(self._parent_looks)
+        for stage, item in self._orphans:
+            self.stream.push(stage, item._replace(hint=""))
+        self._orphans = []
+        return False
 
     def _refill(self) -> None:
         while self.stream.backlog() < BACKLOG_ITEMS and self.stream.pull():
             pass
+        if time.monotonic() - self._looked > _LOOK_EVERY_S:
+            self._looked = time.monotonic()
+            self.stream.look()
 
     def _submit(self, pool: str, app: Any, workers: int) -> None:
         limit = workers * self.campaign.run.window
@@ -326,7 +363,7 @@ class Driver:
             if code == NOT_STARTED:
                 self.stream.push(stage, item)
             elif code == NO_PARENT:
-                self._stuck[stage].append(item)
+                self._orphans.append((stage, item))
             else:
                 self._done_now += 1
                 self.stream.finished(stage, item, code == 0, receipt.shards[where[i]])
@@ -338,6 +375,7 @@ class Driver:
         if not isinstance(error, ManagerLost | WorkerLost):
             if isinstance(error, BasinError):
                 raise error
+            self._check_executors()
             raise RunError(
                 f"a worker could not run a bundle of stage {bundle.stage.name!r}: "
                 f"{type(error).__name__}: {error}; logs are in {self.store.path / 'logs'}"
@@ -381,7 +419,7 @@ class Driver:
         record = {
             "key": item.key,
             "mol_key": item.mol_key,
-            "parent_key": item.parent_key if stage.parent >= 0 else NO_KEY,
+            "parent_key": started_from(item),
             "stage": stage.name,
             "kernel": stage.label,
             "status": "lost",
@@ -415,6 +453,16 @@ class Driver:
 
     def _check_executors(self) -> None:
         for executor in self._executors.values():
+            interchange = getattr(executor, "interchange_proc", None)
+            client = getattr(executor, "command_client", None)
+            if (interchange is not None and interchange.poll() is not None) or (
+                client is not None and not client.ok
+            ):
+                raise RunError(
+                    f"pool {executor.label!r} of site {self.site.name!r}: Parsl's interchange "
+                    f"ended or hangs (status {interchange.returncode}); logs are in "
+                    f"{self.store.path / 'logs' / self.run_id}; start the same command again"
+                )
             if getattr(executor, "bad_state_is_set", False):
                 raise RunError(
                     f"pool {executor.label!r} of site {self.site.name!r} broke down: "
@@ -458,11 +506,11 @@ class Driver:
         return [
             StageCounts(
                 stage=stage.name,
-                planned=s.planned[i],
+                planned=s.planned(i),
                 ok=s.ok[i],
                 failed=s.failed[i],
                 upstream=s.upstream[i],
-                waiting=s.planned[i] - s.ok[i] - s.failed[i] - s.upstream[i],
+                waiting=s.planned(i) - s.ok[i] - s.failed[i] - s.upstream[i],
             )
             for i, stage in enumerate(self.plan.stages)
         ]
@@ -476,13 +524,13 @@ class Driver:
         return Progress(
             campaign=self.store.name,
             stages=counts,
-            complete_plan=self.stream.exhausted,
+            complete_plan=self.stream.plan_complete,
             entries=self.stream.entries,
             bad_entries=self.stream.bad_entries,
             elapsed_s=elapsed,
             done_now=self._done_now,
             rate=self._done_now / elapsed if elapsed else 0.0,
-            left_s=waiting_s / total if self._done_now and self.stream.exhausted else None,
+            left_s=waiting_s / total if self._done_now and self.stream.plan_complete else None,
             core_s=self._core_s,
             in_flight=len(self._flying),
             draining=self.draining,

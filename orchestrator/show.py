@@ -190,9 +190,10 @@ def _panel(progress: Progress) -> RenderableType:
         f"{progress.campaign}: {state}, {duration(progress.elapsed_s)}; "
         f"{progress.entries:,} entries read{more}, {progress.bad_entries:,} of them bad"
     )
+    bundles = f"{progress.in_flight} bundle" + ("" if progress.in_flight == 1 else "s")
     tail = Text(
         f"{progress.rate:.1f} tasks/s, {duration(progress.left_s)} left, "
-        f"{core_hours(progress.core_s / 3600)} core-hours, {progress.in_flight} bundles under way"
+        f"{core_hours(progress.core_s / 3600)} core-hours, {bundles} under way"
     )
     notes = [Text(note, style="yellow") for note in progress.notes]
     return Group(head, counts_table(progress.stages), tail, *notes)

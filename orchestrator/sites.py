@@ -110,7 +110,11 @@ def load_site(name: str, *, workers: int | None = None) -> Site:
                 f"site {name!r}: its make_config takes no `workers`; set the number in the site"
             )
         try:
-            config = make(workers=workers) if "workers" in takes else make()
+            # A default of the site's own stands where the user asked for no number.
+            given = workers is not None or (
+                "workers" in takes and takes["workers"].default is inspect.Parameter.empty
+            )
+            config = make(workers=workers) if given else make()
         except (Exception, SystemExit) as exc:
             raise _broken(module.__file__ or name, exc) from exc
     elif workers is not None:

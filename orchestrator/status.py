@@ -47,7 +47,7 @@ def stand(campaign: Campaign, store: Store) -> Standing:
     entries = bad = 0
     for chunk in ingest.chunks(folder):
         entries += chunk.stop - chunk.start
-        bad += ingest.bad_entries(chunk)
+        bad += chunk.bad
         part = standing(plan, ingest.read_roots(chunk, plan), index)
         totals += np.array([part.planned, part.ok, part.failed, part.upstream])
     counts = [
@@ -115,8 +115,13 @@ def _find_root(
 def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
     """Say in words, stage by stage, what became of a molecule (SMILES) or a task (key)."""
     plan = Plan(campaign)
-    roots, wanted = _find_root(campaign, store, plan, what)
     lines = _input_failures(store, what)
+    try:
+        roots, wanted = _find_root(campaign, store, plan, what)
+    except StoreError:
+        if lines:
+            return lines  # no SMILES, and that is why it failed
+        raise
     if not roots and not lines:
         raise StoreError(
             f"{what!r}: no such molecule or task in campaign {campaign.name!r}; `basin query "
@@ -175,7 +180,8 @@ def _input_failures(store: Store, what: str) -> list[str]:
     bad = tasks.take(tasks["status"].equals("input") & tasks["stage"].equals(ingest.STAGE))
     lines = []
     for i, message in enumerate(bad["message"].strings()):
-        if what and what in message:
+        # The line as it was read stands in brackets; its first word is the molecule.
+        if any(f" [{what.strip()}{end}" in message for end in "], \t"):
             source = bad["source"].names[bad["source"].codes[i]]
             lines.append(f"{source}, line {int(bad['line'][i])}: input failure: {message}")
     return lines

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from orchestrator import ingest
 from orchestrator.columns import key_words
 from orchestrator.key_index import ABSENT, KeyIndex
-from orchestrator.plan import Item, Plan, StagePlan, standing
+from orchestrator.plan import Item, Plan, Root, StagePlan, standing
 
 MAX_ITEMS = 2000
 FIRST_S = 1.0
@@ -70,38 +70,62 @@ class Stream:
         self.estimates = estimates
         self._folder = folder
         self._index = index
-        self._chunks_read = 0
-        self._fresh: list[ingest.Chunk] = []
-        self.exhausted = False
+        self._chunks: list[ingest.Chunk] = []
+        self._read = 0
+        self._roots: list[Root] = []
+        self._per_root = plan.tasks_per_root()
+        # At most about as many items as a full chunk of single conformers gives.
+        self._slice = max(1, ingest.CHUNK // max(self._per_root))
+        self.plan_complete = False
         self.ready: list[deque[Item]] = [deque() for _ in range(n)]
         self.ready_s = [0.0] * n
         self.again: deque[tuple[int, list[Item]]] = deque()
-        self.planned = [0] * n
+        self._pulled = [0] * n
         self.ok = [0] * n
         self.failed = [0] * n
         self.upstream = [0] * n
-        self.entries = 0
-        self.bad_entries = 0
         self.ok_before = 0
 
-    def pull(self) -> bool:
-        """Take in the next chunk of the plan, if there is one; tell whether there was."""
-        if self.exhausted:
-            return False
-        if not self._fresh:
+    def look(self) -> None:
+        """See how far the reading of the molecule files has come."""
+        if not self.plan_complete:
             # Asked in this order: a chunk sealed after the look would else be missed.
-            complete = ingest.is_complete(self._folder)
-            self._fresh = ingest.chunks(self._folder)[self._chunks_read :]
-            if not self._fresh:
-                self.exhausted = complete
+            self.plan_complete = ingest.is_complete(self._folder)
+            self._chunks = ingest.chunks(self._folder)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether everything planned has been pulled."""
+        return self.plan_complete and self._read == len(self._chunks) and not self._roots
+
+    @property
+    def entries(self) -> int:
+        """Entries of the molecule files read so far."""
+        return self._chunks[-1].stop if self._chunks else 0
+
+    @property
+    def bad_entries(self) -> int:
+        """Entries read so far that could not be used."""
+        return sum(chunk.bad for chunk in self._chunks)
+
+    def planned(self, stage: int) -> int:
+        """Return the number of a stage's tasks that are planned so far, pulled or not."""
+        unpulled = len(self._roots) + sum(chunk.roots for chunk in self._chunks[self._read :])
+        return self._pulled[stage] + unpulled * self._per_root[stage]
+
+    def pull(self) -> bool:
+        """Take in some more of the plan, if there is any; tell whether there was."""
+        if not self._roots:
+            if self._read == len(self._chunks):
+                self.look()
+            if self._read == len(self._chunks):
                 return False
-        chunk = self._fresh.pop(0)
-        self._chunks_read += 1
-        self.entries += chunk.stop - chunk.start
-        self.bad_entries += ingest.bad_entries(chunk)
-        stand = standing(self.plan, ingest.read_roots(chunk, self.plan), self._index)
+            self._roots = ingest.read_roots(self._chunks[self._read], self.plan)
+            self._read += 1
+        roots, self._roots = self._roots[: self._slice], self._roots[self._slice :]
+        stand = standing(self.plan, roots, self._index)
         for s in range(len(self.plan.stages)):
-            self.planned[s] += stand.planned[s]
+            self._pulled[s] += stand.planned[s]
             self.ok[s] += stand.ok[s]
             self.failed[s] += stand.failed[s]
             self.upstream[s] += stand.upstream[s]
@@ -172,6 +196,10 @@ class Stream:
             target_s = min(target_s, FIRST_S)
         # Towards the end bundles shrink, so that all workers finish at about the same time.
         target_s = min(target_s, max(self.ready_s[stage] / (2 * workers), 0.2))
+        if self.exhausted:
+            # Nothing more will come: the largest first, so that no worker ends on a long one.
+            ordered = sorted(self.ready[stage], key=lambda item: -item.n_atoms)
+            self.ready[stage] = deque(ordered)
         queue = self.ready[stage]
         items: list[Item] = []
         seconds = 0.0

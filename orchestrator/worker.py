@@ -84,6 +84,11 @@ def checkpoint_path(store: Path, key: bytes) -> Path:
     return store / "checkpoints" / name[:2] / f"{name}.npz"
 
 
+def started_from(item: Item) -> bytes:
+    """Return the key of the task or file geometry an item starts from; zeros for a graph."""
+    return NO_KEY if item.parent_key == item.mol_key else item.parent_key
+
+
 class _Control:
     """The driver's word to its workers, read at most once a second: go on, drain, or another."""
 
@@ -182,7 +187,7 @@ class _Batch:
             self.since = time.monotonic()
         stage = self.bundle.stage
         ladder = "; ".join(outcome["ladder"])
-        parent = item.parent_key if stage.parent >= 0 else NO_KEY
+        parent = started_from(item)
         self.records["tasks"].append(
             {
                 "key": item.key,

@@ -23,6 +23,10 @@ _MODULES = {
 }
 
 
+# Debian's package, where it is not named like the program.
+_PACKAGES = {"h5dump": "hdf5-tools", "h5ls": "hdf5-tools"}
+
+
 def engine_missing(name: str, reason: str) -> None:
     """Skip the test, or fail it when BASIN_REQUIRE_ENGINES (comma separated) names the engine."""
     required = {part.strip() for part in os.environ.get("BASIN_REQUIRE_ENGINES", "").split(",")}
@@ -43,7 +47,7 @@ def require_engine() -> Callable[[str], None]:
             if importlib.util.find_spec(_MODULES[name]) is None:
                 engine_missing(name, f"{name} is not installed")
         elif shutil.which(name) is None:
-            engine_missing(name, f"no program {name!r} on PATH")
+            engine_missing(_PACKAGES.get(name, name), f"no program {name!r} on PATH")
 
     return require
 

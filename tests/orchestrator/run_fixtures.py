@@ -45,13 +45,14 @@ CIRCUMSTANCES = {
 }
 
 # Forty molecules of 12 to 30 atoms, ions among them.
-SMALL = (
+_SMALL = (
     "CCCCCC CCCCCO CCCCN OCCCCO COCCOC CCOCCO CC(=O)OCC CCCC(=O)O CC(C)CO CC(C)(C)O "
     "CCC(=O)CC CC(C)C(=O)N NCCCN OCC(O)CO C1CCCCC1 C1CCOCC1 C1CCNCC1 CC1CCCC1 Cc1ccccc1 "
     "COc1ccccc1 Nc1ccccc1C OCc1ccccc1 CC(=O)Nc1ccccc1 CC[NH2+]CC CCC(=O)[O-] C[C@H](N)C(=O)O "
     "CC(C)C[C@H](N)C(=O)O CSCCC CCSSCC CC(F)(F)CO ClCCOCCCl C=CCC=C CC#CCC CCC#N CCCCC=O "
     "c1ccc2[nH]ccc2c1 Cn1ccnc1 Cc1ccncc1 O=C1CCCCC1 CN(C)C(=O)CC"
-).split()
+)
+SMALL = _SMALL.split()
 
 
 def write_campaign(
@@ -135,9 +136,9 @@ class Run:
         """Return the guarded kernel processes."""
         return self.processes(r"orchestrator\.child")
 
-    def workers(self) -> list[psutil.Process]:
-        """Return the Parsl worker processes."""
-        return self.processes(r"multiprocessing.spawn import spawn_main|parsl: HTEX worker")
+    def interchanges(self) -> list[psutil.Process]:
+        """Return Parsl's interchange, from the moment it starts."""
+        return self.processes(r"HTEX interchange|interchange\.py|orchestrator\.interchange")
 
     def pools(self) -> list[psutil.Process]:
         """Return the worker pool managers."""
@@ -146,6 +147,21 @@ class Run:
             for p in self.processes(r"process_worker_pool\.py|parsl: HTEX manager")
             if p.name() != "bash"
         ]
+
+    def kill_pool(self, pool: psutil.Process) -> bool:
+        """Kill -9 a worker pool; tell whether there was still one.
+
+        Its resource tracker and its object server are Python's own and wait for ever without it;
+        on a cluster they end with the job, so here they are not what is tested.
+        """
+        try:
+            spawned = sorted(pool.children(), key=lambda p: p.create_time())
+        except psutil.NoSuchProcess:
+            return False
+        killed = kill(pool)
+        for process in spawned[:2]:
+            kill(process)
+        return killed
 
     def signal(self, number: int) -> None:
         """Send a signal to the driver alone."""

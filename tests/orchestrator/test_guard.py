@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from orchestrator.errors import RunError
 from orchestrator.guard import Guard
 from orchestrator.kernel_calls import Call, Payload
 
@@ -132,3 +133,22 @@ def test_the_child_goes_when_its_parent_is_killed(tmp_path: object) -> None:
             return
         time.sleep(0.05)
     pytest.fail(f"child {child} outlives its parent")
+
+
+def test_what_an_abandoned_batch_still_sends_is_no_result_of_the_next(guard: Guard) -> None:
+    stage = Call("rehearse", {"seconds": 0.05, "busy": False, "faults": {}}, 60.0)
+    items = [Payload("C" * n, 0, 1, 0, 0, None, None, "") for n in range(1, 40)]
+    first = guard.run(stage, items, time_limit=30.0, memory_limit=2_000_000_000)
+    assert next(first)[1]["status"] == "ok"
+    # Left in the middle, as when a shard could not be written; `first` is still alive.
+    outcomes = run(guard, ["N", "bad", "NN"], {"bad": "error"})
+    assert [outcomes[s]["status"] for s in ("N", "bad", "NN")] == ["ok", "crash", "ok"]
+    first.close()
+
+
+def test_kernel_processes_that_cannot_start_are_not_started_for_ever(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.guard.sys.executable", "/bin/false")
+    with pytest.raises(RunError, match=r"before they run anything \(exit status 1"):
+        run(guard, ["C"], {})
