@@ -49,7 +49,7 @@ QUERIES = {
 
 
 def _category(rng: np.random.Generator, names: list[str], n: int) -> Category:
-    return Category(rng.integers(0, len(names), n).astype(np.uint16), names)
+    return Category(rng.integers(0, len(names), n).astype(np.uint32), names)
 
 
 def relaxations(n: int, rng: np.random.Generator) -> Rows:

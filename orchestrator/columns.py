@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,9 +46,9 @@ class Varlen:
 
 @dataclass(slots=True)
 class Category:
-    """A string per row out of a set: ``names[codes[i]]``; codes is (R,) uint16, or uint32."""
+    """A string per row out of a set: ``names[codes[i]]``; codes is (R,) uint32."""
 
-    codes: NDArray[np.unsignedinteger[Any]]
+    codes: NDArray[np.uint32]
     names: list[str]
 
     def __len__(self) -> int:
@@ -139,12 +139,7 @@ def category(strings: Sequence[str]) -> Category:
     """Return strings as codes into the set of those that occur."""
     index: dict[str, int] = {}
     codes = [index.setdefault(s, len(index)) for s in strings]
-    return Category(np.array(codes, _code_type(index)), list(index))
-
-
-def _code_type(names: Sized) -> type[np.unsignedinteger[Any]]:
-    # Stages and hosts are few; a campaign of one file per molecule has very many sources.
-    return np.uint16 if len(names) <= 1 << 16 else np.uint32
+    return Category(np.array(codes, np.uint32), list(index))
 
 
 def _ragged(column: Column, cells: Sequence[Any]) -> Varlen:
@@ -218,7 +213,7 @@ def concat(parts: Sequence[Rows]) -> Rows:
                 assert isinstance(piece, Category)
                 table = [index.setdefault(s, len(index)) for s in piece.names] or [0]
                 codes.append(np.array(table, np.uint32)[piece.codes])
-            joined[name] = Category(np.concatenate(codes).astype(_code_type(index)), list(index))
+            joined[name] = Category(np.concatenate(codes), list(index))
         else:
             joined[name] = np.concatenate(pieces)  # type: ignore[arg-type]
     return Rows(parts[0].schema, joined)

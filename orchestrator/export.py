@@ -262,7 +262,7 @@ class _GrowingTable:
             elif isinstance(values, Category):
                 known = self._names.setdefault(column.name, {})
                 codes = [known.setdefault(s, len(known)) for s in values.names] or [0]
-                self._append(column.name, column, np.array(codes, "<u2")[values.codes])
+                self._append(column.name, column, np.array(codes, "<u4")[values.codes])
             else:
                 self._append(column.name, column, values)
         for name, ptr in pointers.items():

@@ -22,6 +22,7 @@ import numpy as np
 
 from orchestrator import shard
 from orchestrator.columns import Rows, from_records, key_words
+from orchestrator.errors import CorruptShardError
 from orchestrator.key_index import KeyIndex
 from orchestrator.plan import NO_KEY, Plan, Root
 from orchestrator.store import Store
@@ -84,6 +85,17 @@ def chunks(folder: Path) -> list[Chunk]:
         whole.append(found[at])
         at = found[at].stop
     return whole
+
+
+def mend(folder: Path) -> None:
+    """Drop damaged chunks, so that the reading goes on from the first of them."""
+    for chunk in chunks(folder):
+        try:
+            with shard.open_shard(chunk.path):
+                pass
+        except CorruptShardError:
+            (folder / "complete").unlink(missing_ok=True)
+            chunk.path.unlink()
 
 
 def is_complete(folder: Path) -> bool:

@@ -21,7 +21,13 @@ from orchestrator import ingest, shard
 from orchestrator.campaign import Campaign
 from orchestrator.columns import from_records
 from orchestrator.counts import StageCounts
-from orchestrator.errors import BasinError, CorruptShardError, RunError
+from orchestrator.errors import (
+    BasinError,
+    CampaignError,
+    CorruptShardError,
+    RunError,
+    StoreError,
+)
 from orchestrator.forecast import learned_estimates
 from orchestrator.interchange import DRIVER_PID
 from orchestrator.key_index import KeyIndex
@@ -144,6 +150,7 @@ class Driver:
                 (self.store.path / "inbox" / self.run_id).mkdir(exist_ok=True)
                 digest = sources_digest(files, self.campaign.molecules)
                 folder = ingest.plan_folder(self.store, digest)
+                ingest.mend(folder)
                 if not ingest.is_complete(folder):
                     self._reader = self._python(
                         "orchestrator.ingest", self.campaign.path, self.store.path, digest
@@ -453,14 +460,12 @@ class Driver:
 
     def _check_executors(self) -> None:
         for executor in self._executors.values():
-            interchange = getattr(executor, "interchange_proc", None)
-            client = getattr(executor, "command_client", None)
-            if (interchange is not None and interchange.poll() is not None) or (
-                client is not None and not client.ok
-            ):
+            interchange: Any = getattr(executor, "interchange_proc", None)
+            client: Any = getattr(executor, "command_client", None)
+            if interchange is not None and (interchange.poll() is not None or not client.ok):
                 raise RunError(
                     f"pool {executor.label!r} of site {self.site.name!r}: Parsl's interchange "
-                    f"ended or hangs (status {interchange.returncode}); logs are in "
+                    f"ended or hangs (exit status {interchange.poll()}); logs are in "
                     f"{self.store.path / 'logs' / self.run_id}; start the same command again"
                 )
             if getattr(executor, "bad_state_is_set", False):
@@ -496,7 +501,8 @@ class Driver:
         _, error = process.communicate()
         if process.returncode:
             lines = error.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise RunError(f"{what} failed: {lines[-1]}")
+            kinds = {kind.exit_code: kind for kind in (CampaignError, StoreError)}
+            raise kinds.get(process.returncode, RunError)(f"{what} failed: {lines[-1]}")
 
     # -- telling ----------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def _scalar(name: str, dtype: str, long_name: str, unit: str = "") -> Column:
 
 
 def _category(name: str, long_name: str) -> Column:
-    return Column(name, "category", long_name, dtype="<u2")
+    return Column(name, "category", long_name, dtype="<u4")
 
 
 def _string(name: str, long_name: str) -> Column:

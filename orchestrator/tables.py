@@ -43,7 +43,7 @@ def arrow_type(column: Column) -> pyarrow.DataType:
     if column.kind in ("key", "string"):
         return pa.large_string()
     if column.kind == "category":
-        return pa.dictionary(pa.uint16(), pa.string())
+        return pa.dictionary(pa.uint32(), pa.string())
     if column.name == _BOOLEAN:
         return pa.bool_()
     value = pa.from_numpy_dtype(np.dtype(column.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -234,3 +235,21 @@ def test_a_charge_is_kept_from_the_smiles_to_the_energy(tmp_path: Path) -> None:
         )
         stored = np.frombuffer(row["final_energy_eV"])[0]
         assert atoms.get_potential_energy() == pytest.approx(stored, abs=1e-6)
+
+
+def test_a_damaged_chunk_of_the_plan_is_read_again_from_the_molecule_files(tmp_path: Path) -> None:
+    (tmp_path / "m.smi").write_text("".join(f"{'C' * n} alkane{n}\n" for n in range(1, 400)))
+    (tmp_path / "c.toml").write_text(
+        'name = "c"\n[molecules]\nfiles = ["m.smi"]\n[[stages]]\nkernel = "rehearse"\n'
+    )
+    command = [sys.executable, "-m", "orchestrator.cli", "run", str(tmp_path / "c.toml"), "--json"]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    folder = next((tmp_path / "c.basin" / "plan").iterdir())
+    second = ingest.chunks(folder)[1]
+    second.path.write_bytes(second.path.read_bytes()[:-100])
+    again = subprocess.run(command, check=True, capture_output=True, timeout=100, text=True)
+    end = json.loads(again.stdout.splitlines()[-1])
+    assert end["entries"] == 399
+    assert end["done_now"] == 0
+    assert end["done_before"] == 399
+    assert [(c.start, c.stop) for c in ingest.chunks(folder)] == [(0, 128), (128, 399)]

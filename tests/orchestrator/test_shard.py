@@ -245,14 +245,7 @@ def campaign_on(disk: Path, folder: Path) -> Path:
     "size",
     [
         pytest.param("8k", id="at-the-start"),
-        pytest.param(
-            "48k",
-            id="while-reading-molecules",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Driver._wait_process makes a RunError (4) of the reader's StoreFullError",
-            ),
-        ),
+        pytest.param("48k", id="while-reading-molecules"),
         pytest.param("150k", id="while-computing"),
     ],
 )
