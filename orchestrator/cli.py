@@ -195,7 +195,6 @@ def run(
     """
     from orchestrator.molecules import find_files
     from orchestrator.run import Driver
-    from orchestrator.shard import write_whole
     from orchestrator.show import Shower, core_hours, counts_table, duration
     from orchestrator.show import console as make_console
     from orchestrator.sites import load_site
@@ -205,8 +204,6 @@ def run(
     find_files(campaign.molecules, campaign.path.parent)  # before a store is made for nothing
     with Shower(as_json=as_json) as shower:
         driver = Driver(campaign, loaded, retry_failed=retry_failed, show=shower)
-        origin = json.dumps({"path": str(campaign.path.absolute())}).encode()
-        write_whole(driver.store.path / "control" / "campaign_file.json", origin)
         try:
             summary = driver.run()
         except KeyboardInterrupt:
@@ -240,6 +237,8 @@ def run(
             f"{duration(summary.elapsed_s)}, {core_hours(summary.core_s / 3600)} core-hours",
             markup=False,
         )
+        for note in summary.notes:
+            print(f"note: {note}", file=sys.stderr)
         _print_problems(problems)
         if page is not None:
             from orchestrator.report import findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import functools
 import os
 import queue
@@ -38,7 +39,7 @@ from orchestrator.schema import STATUSES
 from orchestrator.sites import Site, prepare
 from orchestrator.store import Store
 from orchestrator.stream import Stream
-from orchestrator.worker import NO_PARENT, NOT_STARTED, Bundle, Receipt, run_bundle, started_from
+from orchestrator.worker import NO_PARENT, NOT_STARTED, Bundle, Receipt, run_bundle, task_record
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -88,6 +89,7 @@ class Summary:
     core_s: float
     workers: int
     lost_bundles: int
+    notes: list[str]
 
 
 def _without_failures(index: KeyIndex, retry: bool) -> KeyIndex:
@@ -147,6 +149,10 @@ class Driver:
         lock = DriverLock(self.store.path, self.run_id)
         try:
             with self._signals(lock):
+                origin = {"path": str(self.campaign.path.absolute())}
+                shard.write_whole(
+                    self.store.path / "control" / "campaign_file.json", json.dumps(origin).encode()
+                )
                 (self.store.path / "inbox" / self.run_id).mkdir(exist_ok=True)
                 digest = sources_digest(files, self.campaign.molecules)
                 folder = ingest.plan_folder(self.store, digest)
@@ -423,27 +429,14 @@ class Driver:
         return found
 
     def _set_aside(self, stage: StagePlan, item: Item, error: BaseException) -> None:
-        record = {
-            "key": item.key,
-            "mol_key": item.mol_key,
-            "parent_key": started_from(item),
-            "stage": stage.name,
-            "kernel": stage.label,
-            "status": "lost",
-            "message": f"its worker was lost {item.losses} times while it ran alone ({error})",
-            "attempts": item.losses,
-            "ladder": "",
-            "conformer": item.conformer,
-            "seed": int.from_bytes(item.key[:8], "big"),
-            "source": "",
-            "line": -1,
-            "host": "",
-            "block": "",
-            "worker_pid": 0,
-            "started_s": time.time(),
-            "wall_s": 0.0,
-            "cpu_s": 0.0,
-        }
+        record = task_record(
+            item,
+            stage,
+            status="lost",
+            message=f"its worker was lost {item.losses} times while it ran alone ({error})",
+            attempts=item.losses,
+            started_s=time.time(),
+        )
         folder = self.store.path / "inbox" / self.run_id
         shard.seal(
             folder, f"aside-{item.key.hex()}", [from_records("tasks", [record])], self.store.name
@@ -558,4 +551,5 @@ class Driver:
             core_s=self._core_s,
             workers=sum(self.site.pools().values()),
             lost_bundles=self._lost,
+            notes=self.notes,
         )

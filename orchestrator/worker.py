@@ -89,6 +89,33 @@ def started_from(item: Item) -> bytes:
     return NO_KEY if item.parent_key == item.mol_key else item.parent_key
 
 
+def task_record(
+    item: Item, stage: StagePlan, *, status: str, message: str, attempts: int, started_s: float
+) -> dict[str, Any]:
+    """Return a row of `tasks` for an item; where and for how long it ran is left blank."""
+    return {
+        "key": item.key,
+        "mol_key": item.mol_key,
+        "parent_key": started_from(item),
+        "stage": stage.name,
+        "kernel": stage.label,
+        "status": status,
+        "message": message,
+        "attempts": attempts,
+        "ladder": "",
+        "conformer": item.conformer,
+        "seed": int.from_bytes(item.key[:8], "big"),
+        "source": "",
+        "line": -1,
+        "host": "",
+        "block": "",
+        "worker_pid": 0,
+        "started_s": started_s,
+        "wall_s": 0.0,
+        "cpu_s": 0.0,
+    }
+
+
 class _Control:
     """The driver's word to its workers, read at most once a second: go on, drain, or another."""
 
@@ -187,35 +214,28 @@ class _Batch:
             self.since = time.monotonic()
         stage = self.bundle.stage
         ladder = "; ".join(outcome["ladder"])
-        parent = started_from(item)
-        self.records["tasks"].append(
-            {
-                "key": item.key,
-                "mol_key": item.mol_key,
-                "parent_key": parent,
-                "stage": stage.name,
-                "kernel": stage.label,
-                "status": outcome["status"],
-                "message": outcome["message"],
-                "attempts": min(255, outcome["attempts"] + item.losses),
-                "ladder": ladder,
-                "conformer": item.conformer,
-                "seed": int.from_bytes(item.key[:8], "big"),
-                "source": "",
-                "line": -1,
-                "host": self.host,
-                "block": self.block,
-                "worker_pid": os.getpid(),
-                "started_s": outcome["started_s"],
-                "wall_s": outcome["wall_s"],
-                "cpu_s": outcome["cpu_s"],
-            }
+        record = task_record(
+            item,
+            stage,
+            status=outcome["status"],
+            message=outcome["message"],
+            attempts=min(255, outcome["attempts"] + item.losses),
+            started_s=outcome["started_s"],
         )
+        record.update(
+            ladder=ladder,
+            host=self.host,
+            block=self.block,
+            worker_pid=os.getpid(),
+            wall_s=outcome["wall_s"],
+            cpu_s=outcome["cpu_s"],
+        )
+        self.records["tasks"].append(record)
         for table, row in outcome.get("rows", {}).items():
             row.update(
                 key=item.key,
                 mol_key=item.mol_key,
-                parent_key=parent,
+                parent_key=record["parent_key"],
                 stage=stage.name,
                 conformer=item.conformer,
             )
