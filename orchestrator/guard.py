@@ -136,6 +136,9 @@ class Guard:
             try:
                 child.connection.send((stage, list(pending.items())))
             except OSError:
+                child.process.wait()
+                if not child.items:
+                    self._count_stillborn(child)
                 self._replace()
                 continue
             checked = time.monotonic()

@@ -276,9 +276,7 @@ def ingest(campaign: Campaign, store: Store, digest: str) -> None:
     files = find_files(campaign.molecules, campaign.path.parent)
     inbox = store.path / "inbox" / f"plan-{digest[:16]}"
     inbox.mkdir(exist_ok=True)
-    for batch in batches(
-        itertools.islice(read_entries(files, campaign.molecules), start, None), start
-    ):
+    for batch in batches(read_entries(files, campaign.molecules, skip=start), start):
         rows = reader.rows(batch)
         stop = start + len(batch)
         if rows:
