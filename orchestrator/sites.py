@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from parsl.config import Config
 
 
+_POOL_COMMAND = "process_worker_pool.py "
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A machine to run on: its name and its Parsl configuration."""
@@ -134,6 +137,10 @@ def load_site(name: str, *, workers: int | None = None) -> Site:
                 f"site {name!r}: pool {executor.label!r} is a {type(executor).__name__}; Basin "
                 "runs on a parsl HighThroughputExecutor (or its MPIExecutor)"
             )
+        # Here already, so that `basin plan` prints what will be submitted.
+        if executor.launch_cmd.startswith(_POOL_COMMAND):
+            arguments = executor.launch_cmd.removeprefix(_POOL_COMMAND)
+            executor.launch_cmd = f"python3 -m orchestrator.worker_pool {arguments}"
     return Site(name, config)
 
 

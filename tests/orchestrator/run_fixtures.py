@@ -148,21 +148,6 @@ class Run:
             if p.name() != "bash"
         ]
 
-    def kill_pool(self, pool: psutil.Process) -> bool:
-        """Kill -9 a worker pool; tell whether there was still one.
-
-        Its resource tracker and its object server are Python's own and wait for ever without it;
-        on a cluster they end with the job, so here they are not what is tested.
-        """
-        try:
-            spawned = sorted(pool.children(), key=lambda p: p.create_time())
-        except psutil.NoSuchProcess:
-            return False
-        killed = kill(pool)
-        for process in spawned[:2]:
-            kill(process)
-        return killed
-
     def signal(self, number: int) -> None:
         """Send a signal to the driver alone."""
         self.process.send_signal(number)

@@ -88,8 +88,7 @@ def torture(folder: Path, rounds: int, seed: int, uninterrupted: Store) -> None:
                 victim = target(runs[-1], kinds[-1], rng)
                 if victim is None:
                     continue
-                pool = kinds[-1] == "pool"
-                if not (runs[-1].kill_pool(victim) if pool else kill(victim)):
+                if not kill(victim):
                     continue
                 rounds -= 1
                 if kinds.pop() == "driver":

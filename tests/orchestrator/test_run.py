@@ -23,6 +23,7 @@ from tests.orchestrator.run_fixtures import (
     by_key,
     complete,
     ingested,
+    kill,
     running,
     standing_of,
     store_of,
@@ -103,7 +104,7 @@ def test_a_lost_interchange_ends_the_run_and_not_the_campaign(tmp_path: Path) ->
         (interchange,) = run.interchanges()
         interchange.kill()
         assert run.wait(60) == 4, run.output()
-        assert "interchange ended or hangs (status -9)" in run.output()
+        assert "interchange ended or hangs (exit status -9)" in run.output()
         run.assert_gone()
     complete(campaign)
 
@@ -115,7 +116,7 @@ def test_a_lost_pool_is_replaced_within_the_run(tmp_path: Path) -> None:
     with running(campaign) as run:
         until(run.children, 60, run.output)
         for pool in run.pools():
-            run.kill_pool(pool)
+            assert kill(pool)
         assert run.wait() == 0, run.output()
         assert run.end()["lost_bundles"] >= 1
         run.assert_gone()

@@ -192,7 +192,7 @@ def no_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def assert_runs_workers(script: str) -> None:
-    assert "process_worker_pool.py" in script
+    assert "python3 -m orchestrator.worker_pool " in script
     assert "module load basin/1" in script
     checked = subprocess.run(["bash", "-n"], input=script, text=True, check=False)
     assert checked.returncode == 0
