@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4096
 _FIRST_CHUNK = 128
+_CHUNK_NAME = re.compile(r"^(\d+)-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}\.h5$")
 STAGE = "molecules"
 
 
@@ -76,8 +78,8 @@ def chunks(folder: Path) -> list[Chunk]:
     except FileNotFoundError:
         return []
     for name in names:
-        if name.endswith(".h5") and not name.startswith("."):
-            start, *rest = (int(part) for part in name.split("-")[:4])
+        if match := _CHUNK_NAME.match(name):
+            start, *rest = (int(part) for part in match.groups())
             found[start] = Chunk(folder / name, start, *rest)
     whole: list[Chunk] = []
     at = 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,13 +161,17 @@ class Plan:
 
 @dataclass(slots=True)
 class Standing:
-    """How the planned tasks of some roots stand: per stage ok, failed, cut off, and what to do."""
+    """How the planned tasks of some roots stand: per stage ok, failed, cut off, and what to do.
+
+    ``failures`` counts the failed ones by their code in `schema.STATUSES`.
+    """
 
     ok: list[int]
     failed: list[int]
     upstream: list[int]
     planned: list[int]
     ready: list[list[Item]]
+    failures: Counter[int] = field(default_factory=Counter)
 
 
 def standing(plan: Plan, roots: list[Root], index: KeyIndex) -> Standing:
@@ -194,6 +199,7 @@ def standing(plan: Plan, roots: list[Root], index: KeyIndex) -> Standing:
                 result.ok[s] += 1
             elif code[s] != 255:
                 result.failed[s] += 1
+                result.failures[code[s]] += 1
             elif stage.parent < 0 or code[stage.parent] == 0:
                 parent_key = root.origin if stage.parent < 0 else keys[stage.parent]
                 result.ready[s].append(

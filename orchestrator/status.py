@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from orchestrator.columns import Rows, key_array, key_bytes
 from orchestrator.counts import StageCounts
 from orchestrator.errors import StoreError
 from orchestrator.plan import Plan, Root, standing
+from orchestrator.schema import STATUSES
 from orchestrator.store import Store
 
 
@@ -44,11 +46,13 @@ def stand(campaign: Campaign, store: Store) -> Standing:
     index = snapshot.task_index()
     n = len(plan.stages)
     totals = np.zeros((4, n), int)
+    classes: Counter[int] = Counter()
     entries = bad = 0
     for chunk in ingest.chunks(folder):
         entries += chunk.stop - chunk.start
         bad += chunk.bad
         part = standing(plan, ingest.read_roots(chunk, plan), index)
+        classes += part.failures
         totals += np.array([part.planned, part.ok, part.failed, part.upstream])
     counts = [
         StageCounts(
@@ -61,9 +65,9 @@ def stand(campaign: Campaign, store: Store) -> Standing:
         )
         for i, stage in enumerate(plan.stages)
     ]
-    tasks = store.read("tasks", ["status"])["status"]
-    per = np.bincount(tasks.codes, minlength=len(tasks.names)).tolist()
-    failures = {name: count for name, count in zip(tasks.names, per, strict=False) if name != "ok"}
+    failures = {STATUSES[code]: count for code, count in classes.items()}
+    if bad:
+        failures["input"] = failures.get("input", 0) + bad
     return Standing(counts, entries, bad, ingest.is_complete(folder), failures, snapshot.problems)
 
 
