@@ -211,7 +211,7 @@ def _delete_old(store: Store, grace_s: float) -> None:
     for name, since in [*current.consumed.items(), *current.superseded.items()]:
         if name not in live and now - since > grace_s:
             (store.path / name).unlink(missing_ok=True)
-    for folder in (store.path / "segments", store.path / "manifest", *_inboxes(store)):
+    for folder in _written_folders(store):
         for entry in os.scandir(folder):
             name = str(Path(entry.path).relative_to(store.path))
             stray = entry.name.startswith(shard.TEMPORARY) or (
@@ -223,8 +223,13 @@ def _delete_old(store: Store, grace_s: float) -> None:
                     os.unlink(entry.path)
 
 
-def _inboxes(store: Store) -> Iterator[Path]:
-    return (Path(e.path) for e in os.scandir(store.path / "inbox") if e.is_dir())
+def _written_folders(store: Store) -> Iterator[Path]:
+    for name in ("segments", "manifest", "control"):
+        yield store.path / name
+    for name in ("inbox", "plan", "checkpoints"):
+        for entry in os.scandir(store.path / name):
+            if entry.is_dir():
+                yield Path(entry.path)
 
 
 def main() -> None:

@@ -200,8 +200,16 @@ def test_an_old_segment_has_its_grace_period_too(store: Store) -> None:
 def test_segments_of_the_dead_are_swept_up(store: Store) -> None:
     seal_items(store, [1], "a")
     compact(store)
-    orphans = [store.path / "segments" / "tasks-000009-dead.h5", store.path / "manifest/.tmp-1"]
+    names = (
+        "segments/tasks-000009-dead.h5",
+        "manifest/.tmp-1",
+        "control/.tmp-2",
+        "plan/0123/.tmp-3",
+        "checkpoints/ab/.tmp-4",
+    )
+    orphans = [store.path / name for name in names]
     for orphan in orphans:
+        orphan.parent.mkdir(exist_ok=True)
         orphan.write_bytes(b"never published")
     compact(store)
     assert all(orphan.exists() for orphan in orphans), "someone may be about to publish it"
