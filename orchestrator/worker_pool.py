@@ -1,21 +1,26 @@
-"""Parsl's worker pool, kept together: when its manager is killed, nothing of it stays behind.
+"""Parsl's worker pool, kept together and tied to its interchange.
 
 The pool's own helpers (multiprocessing's resource tracker and shared-state server) do not notice
-that the manager died; here whatever is left of its process group is ended then.
+when its manager is killed, and a manager whose interchange dies while it connects waits for ever.
+Here what is left of the process group is ended in both cases.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 from orchestrator.child import die_with_parent
 
 _INNER = "--inner"
+_CONNECT_S = 2.0
 
 
 def _become_pool(arguments: list[str]) -> None:
@@ -26,10 +31,40 @@ def _become_pool(arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, script, *arguments])
 
 
+def _answers(addresses: list[str], port: int) -> bool:
+    for address in addresses:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((address.strip("[]"), port), _CONNECT_S),
+        ):
+            return True
+    return False
+
+
+def _watch(pool: subprocess.Popen[bytes], addresses: list[str], port: int, limit_s: float) -> int:
+    """Return the pool's exit status; end it when its interchange is away too long."""
+    heard = time.monotonic()
+    while True:
+        try:
+            return pool.wait(limit_s / 4)
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+            if _answers(addresses, port):
+                heard = now
+            elif now - heard > limit_s:
+                print("the interchange is gone: ending the worker pool", file=sys.stderr)
+                return 1
+
+
 def main() -> None:
     """Run ``process_worker_pool.py`` with the arguments given, and clean up behind it."""
     if sys.argv[1:2] == [_INNER]:
         _become_pool(sys.argv[2:])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-a", dest="addresses", default="")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--hb_threshold", type=float, default=120.0)
+    known, _ = parser.parse_known_args()
     command = [sys.executable, "-m", "orchestrator.worker_pool", _INNER, *sys.argv[1:]]
     pool = subprocess.Popen(command, process_group=0)
 
@@ -39,7 +74,8 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    status = pool.wait()
+    # The manager goes by itself, in better order, when it has missed heartbeats for so long.
+    status = _watch(pool, known.addresses.split(","), known.port, 1.25 * known.hb_threshold)
     forward(signal.SIGKILL, None)
     sys.exit(status if status >= 0 else 128 - status)
 

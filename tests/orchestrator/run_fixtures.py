@@ -26,7 +26,7 @@ from orchestrator.store import Store
 
 RUN_LIMIT_S = 110.0
 # Parsl's worker pools notice a lost interchange after the local site's 10 s of silence.
-GONE_LIMIT_S = 20.0
+GONE_LIMIT_S = 40.0
 CHEMISTRY = (
     '[[stages]]\nkernel = "embed"\n'
     '[[stages]]\nkernel = "mmff"\n'
