@@ -53,7 +53,7 @@ def by_smiles(store: Store) -> dict[str, dict[str, object]]:
 
 def test_faults_of_one_bundle_are_rows_of_their_own(tmp_path: Path) -> None:
     molecules = ["C" * n for n in range(1, 21)]
-    limits = 'time_limit = "1 s"\nmemory_limit = "250 MB"\n'
+    limits = 'time_limit = "6 s"\nmemory_limit = "250 MB"\n'
     stages = rehearsal({s: fault for s, (fault, _) in FAULTS.items()}, limits)
     campaign = write_campaign(tmp_path, molecules, stages=stages)
     complete(campaign, workers=1)
