@@ -66,7 +66,7 @@ class MoleculeSource(_Table):
         strict=False,
         min_length=1,
         description="Files or glob patterns, relative to the campaign file: .smi, .csv, .sdf, "
-        ".xyz, .extxyz, and each of them with .gz",
+        ".xyz, .extxyz, each of them also with .gz, and .npz with numbers and positions",
     )
     smiles_column: str = Field(
         default="smiles", min_length=1, description="Column of a .csv file that holds the SMILES"
@@ -90,6 +90,12 @@ class MoleculeSource(_Table):
         le=20,
         json_schema_extra=_default("the lowest possible: 1 or 2"),
         description="Spin multiplicity 2S+1 of .xyz frames whose comment line has no multiplicity=",
+    )
+    split: Literal["training", "validation", "test"] | None = Field(
+        default=None,
+        json_schema_extra=_default("all"),
+        description="Read only this part of a data set: by the last whole number n in the name, "
+        "n % 10 = 0 is validation, 1 is test, the rest training",
     )
     limit: int | None = Field(
         default=None,

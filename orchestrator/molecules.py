@@ -1,5 +1,6 @@
-"""Molecules from files: SMILES lists, CSV tables, SD files and (extended) XYZ, plain or gzipped.
+"""Molecules from files: SMILES lists, CSV tables, SD files, (extended) XYZ, and NumPy archives.
 
+Text files may be gzipped.
 Files are read as streams, one record at a time, so that their size does not matter. A record that
 cannot be read is an entry with an error, numbered like the others, and the next one is read as
 if nothing had happened.
@@ -16,12 +17,13 @@ import itertools
 import json
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeAlias
 
 from kernels.errors import InputError, KernelError
 from orchestrator.errors import CampaignError
@@ -35,8 +37,8 @@ if TYPE_CHECKING:
 
     Read: TypeAlias = tuple[Molecule, NDArray[np.float64] | None]
 
-FORMATS: Final = (".smi", ".csv", ".sdf", ".xyz", ".extxyz")
-GEOMETRY_FORMATS: Final = (".sdf", ".xyz", ".extxyz")
+FORMATS: Final = (".smi", ".csv", ".sdf", ".xyz", ".extxyz", ".npz")
+GEOMETRY_FORMATS: Final = (".sdf", ".xyz", ".extxyz", ".npz")
 
 _TEXT_KEPT: Final = 500
 # Longer than any molecule this is for; canonicalising a runaway line could take hours.
@@ -169,10 +171,32 @@ def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -
         _check_file(path, source)
     unread = _Skip(skip)
     entries = itertools.chain.from_iterable(_read_file(path, source, unread) for path in files)
+    if source.split is not None:
+        # Which records belong to a part is known only from their names: none is passed over.
+        unread.left = 0
+        entries = (entry for entry in entries if _in_part(entry, source.split))
     return itertools.islice(entries, skip, source.limit)
 
 
+def split_of(name: str) -> str:
+    """The part of a data set that a molecule belongs to, by the last whole number in its name.
+
+    n % 10 == 0 is the validation part, n % 10 == 1 the test part, everything else for training.
+    A name without a number counts by the CRC-32 of its text.
+    """
+    numbers = re.findall(r"\d+", name)
+    number = int(numbers[-1]) if numbers else zlib.crc32(name.encode())
+    return {0: "validation", 1: "test"}.get(number % 10, "training")
+
+
+def _in_part(entry: Entry, part: str) -> bool:
+    return entry.error is not None or split_of(entry.name) == part
+
+
 def _check_file(path: Path, source: MoleculeSource) -> None:
+    if file_format(path.name) == ".npz":
+        _open_archive(path)
+        return
     with _Lines(path) as lines:
         first = lines.read()
         if lines.damage:
@@ -184,6 +208,9 @@ def _check_file(path: Path, source: MoleculeSource) -> None:
 
 
 def _read_file(path: Path, source: MoleculeSource, unread: _Skip) -> Iterator[Entry]:
+    if file_format(path.name) == ".npz":
+        yield from _read_archive(path, source, unread)
+        return
     with _Lines(path) as lines:
         lines.unread = unread
         match file_format(path.name):
@@ -263,9 +290,15 @@ class _Lines:
 
 def _entry(lines: _Lines, number: int, text: str, name: str, read: Callable[[], Read]) -> Entry:
     """The entry that a record gives, be it a molecule or an error."""
-    if lines.unread.left:
-        lines.unread.left -= 1
-        return Entry(str(lines.path), number, "", "", None, None, None)
+    return _record(lines.path, lines.unread, number, text, name, read)
+
+
+def _record(
+    path: Path, unread: _Skip, number: int, text: str, name: str, read: Callable[[], Read]
+) -> Entry:
+    if unread.left:
+        unread.left -= 1
+        return Entry(str(path), number, "", "", None, None, None)
     molecule: Molecule | None = None
     positions: NDArray[np.float64] | None = None
     error: KernelError | None = None
@@ -277,7 +310,7 @@ def _entry(lines: _Lines, number: int, text: str, name: str, read: Callable[[], 
         # What RDKit's bindings raise when an invariant of theirs breaks on odd input.
         error = InputError(f"cannot be read: {' '.join(str(failure).split())[:_TEXT_KEPT]}")
     kept_name = name if name.isprintable() else "".join(filter(str.isprintable, name))
-    return Entry(str(lines.path), number, text[:_TEXT_KEPT], kept_name, molecule, positions, error)
+    return Entry(str(path), number, text[:_TEXT_KEPT], kept_name, molecule, positions, error)
 
 
 def _failure(lines: _Lines, number: int, text: str, name: str, message: str) -> Entry:
@@ -674,6 +707,81 @@ def _atom_columns(properties: str | None) -> tuple[int, int]:
             "Properties=species:S:1:pos:R:3"
         )
     return symbol, xyz
+
+
+# NumPy archives: numbers (M, A) padded with zeros, positions (M, A, 3) in Å, and optional columns
+
+
+_ARCHIVE_NAMES: Final = ("name", "gdb9_id", "id", "index")
+
+
+def _open_archive(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive that are read; raises CampaignError for one that cannot be used."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            wanted = {"numbers", "positions", "charge", "multiplicity", *_ARCHIVE_NAMES}
+            arrays = {name: archive[name] for name in archive.files if name in wanted}
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CampaignError(
+            f"{path}: is no NumPy archive of plain arrays ({error}); get a sound copy of the file"
+        ) from None
+    numbers, positions = arrays.get("numbers"), arrays.get("positions")
+    if numbers is None or positions is None:
+        raise CampaignError(
+            f"{path}: holds no array {'numbers' if numbers is None else 'positions'!r}; it needs "
+            "numbers (M, A), padded with zeros, and positions (M, A, 3) in Å"
+        )
+    if numbers.ndim != 2 or positions.shape != (*numbers.shape, 3):
+        raise CampaignError(
+            f"{path}: numbers {numbers.shape} and positions {positions.shape} do not fit; they "
+            "must be (M, A), padded with zeros, and (M, A, 3)"
+        )
+    if numbers.dtype.kind not in "iu" or positions.dtype.kind != "f":
+        raise CampaignError(
+            f"{path}: numbers are {numbers.dtype} and positions {positions.dtype}; they must be "
+            "whole and floating-point numbers"
+        )
+    for name, array in arrays.items():
+        if array.shape[:1] != numbers.shape[:1]:
+            raise CampaignError(f"{path}: {name} has {array.shape} entries, not {len(numbers)}")
+    return arrays
+
+
+def _read_archive(path: Path, source: MoleculeSource, unread: _Skip) -> Iterator[Entry]:
+    arrays = _open_archive(path)
+    label = next((name for name in _ARCHIVE_NAMES if name in arrays), "")
+    for row in range(len(arrays["numbers"])):
+        given = str(arrays[label][row]) if label else str(row + 1)
+        name = given if label == "name" else f"{label.removesuffix('_id')} {given}".strip()
+        read = partial(_from_archive, arrays, row, source)
+        if source.split is not None and split_of(name) != source.split:
+            continue  # before the perception of its bonds, which takes a while
+        yield _record(path, unread, row + 1, name, name, read)
+
+
+def _from_archive(arrays: dict[str, NDArray[Any]], row: int, source: MoleculeSource) -> Read:
+    import numpy as np
+
+    from kernels.graph import from_geometry
+
+    numbers = arrays["numbers"][row]
+    n = int(np.count_nonzero(numbers))
+    if not numbers[:n].all() or (numbers < 0).any():
+        raise InputError("numbers are not padded at the end with zeros; repair the record")
+    charge = int(arrays["charge"][row]) if "charge" in arrays else source.charge
+    multiplicity = (
+        int(arrays["multiplicity"][row]) if "multiplicity" in arrays else source.multiplicity
+    )
+    return from_geometry(
+        numbers[:n],
+        arrays["positions"][row, :n].astype(np.float64),
+        charge=charge,
+        multiplicity=multiplicity,
+    )
 
 
 @lru_cache(maxsize=1)
