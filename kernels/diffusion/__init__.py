@@ -1,0 +1,1 @@
+"""Diffusion over geometries: networks, noise, checkpoints, and the process that relaxes."""
