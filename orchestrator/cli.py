@@ -405,6 +405,65 @@ def compact(place: Place) -> None:
 
 
 @app.command()
+def train(
+    file: Annotated[Path, typer.Argument(metavar="FILE.toml", help="Training file.")],
+    devices: Annotated[
+        int | None, typer.Option("--devices", min=1, help="Processes, one GPU each, as [run].")
+    ] = None,
+    max_time: Annotated[
+        str | None, typer.Option("--max-time", help='Stop this run after a time, as "30 min".')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a diffusion model or go on with it; the same command resumes.
+
+    Ctrl-C saves and stops; a second Ctrl-C stops at once, which loses a minute at most.
+    """
+    from orchestrator.quantities import TIME, QuantityError, parse_quantity
+    from orchestrator.show import Shower, duration, training_line
+
+    limit = None
+    if max_time is not None:
+        try:
+            limit = parse_quantity(max_time, TIME)
+        except QuantityError as exc:
+            raise typer.BadParameter(f"{max_time} {exc}", param_hint="--max-time") from None
+
+    from orchestrator.train import stop_on_signals
+    from orchestrator.train import train as train_model
+    from orchestrator.train_file import load_training
+
+    loaded = load_training(file)
+    if devices is not None:
+        run_on = loaded.run.model_copy(update={"devices": devices})
+        loaded = loaded.model_copy(update={"run": run_on})
+    shower = Shower(as_json=as_json, line=training_line, panel=training_line)
+    with stop_on_signals() as stop, shower:
+        try:
+            summary = train_model(loaded, max_time_s=limit, show=shower, stop=stop)
+        except KeyboardInterrupt:
+            print(
+                "stopped at once; the same command goes on from the last saved state",
+                file=sys.stderr,
+            )
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json({"event": "end", **asdict(summary)})
+    else:
+        print(
+            f"{summary.name}: {summary.step:,} steps, {summary.epoch:.1f} epochs in "
+            f"{duration(summary.elapsed_s)}; validation loss {summary.validation:.4g}, best "
+            f"{summary.best['validation']:.4g} at step {summary.best['step']:,.0f}"
+        )
+        print(f"best checkpoint: {summary.output}/best.safetensors")
+        print(f"model card: {summary.card}\nreport: {summary.report}")
+    if not summary.finished:
+        if not as_json:
+            print("not finished: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(EXIT_UNFINISHED)
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what is installed, and which engines and sites work here."""
     from orchestrator.doctor import examine

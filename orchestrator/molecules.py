@@ -170,7 +170,8 @@ def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -
     for path in files:
         _check_file(path, source)
     unread = _Skip(skip)
-    entries = itertools.chain.from_iterable(_read_file(path, source, unread) for path in files)
+    read = (_read_file(path, source, unread) for path in files)
+    entries: Iterator[Entry] = itertools.chain.from_iterable(read)
     if source.split is not None:
         # Which records belong to a part is known only from their names: none is passed over.
         unread.left = 0
@@ -751,12 +752,30 @@ def _open_archive(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def read_archive(path: Path) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.float64]]]:
+    """Name, numbers (N,) and positions (N, 3) in Å of every record, bonds not looked at.
+
+    Raises CampaignError for a file that is not such an archive.
+    """
+    import numpy as np
+
+    arrays = _open_archive(path)
+    for row, numbers in enumerate(arrays["numbers"]):
+        n = int(np.count_nonzero(numbers))
+        positions = arrays["positions"][row, :n].astype(np.float64)
+        yield _archive_name(arrays, row), numbers[:n].astype(np.uint8), positions
+
+
+def _archive_name(arrays: dict[str, NDArray[Any]], row: int) -> str:
+    label = next((name for name in _ARCHIVE_NAMES if name in arrays), "")
+    given = str(arrays[label][row]) if label else str(row + 1)
+    return given if label == "name" else f"{label.removesuffix('_id')} {given}".strip()
+
+
 def _read_archive(path: Path, source: MoleculeSource, unread: _Skip) -> Iterator[Entry]:
     arrays = _open_archive(path)
-    label = next((name for name in _ARCHIVE_NAMES if name in arrays), "")
     for row in range(len(arrays["numbers"])):
-        given = str(arrays[label][row]) if label else str(row + 1)
-        name = given if label == "name" else f"{label.removesuffix('_id')} {given}".strip()
+        name = _archive_name(arrays, row)
         read = partial(_from_archive, arrays, row, source)
         if source.split is not None and split_of(name) != source.split:
             continue  # before the perception of its bonds, which takes a while

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from orchestrator.counts import StageCounts
     from orchestrator.run import Progress
+    from orchestrator.train import TrainProgress
 
 _LIVE_EVERY_S = 0.5
 _PLAIN_EVERY_S = 10.0
@@ -124,9 +126,21 @@ def answer_csv(table: pyarrow.Table, target: BinaryIO) -> None:
 
 
 class Shower:
-    """Shows progress no oftener than is useful; use as a context manager."""
+    """Shows progress no oftener than is useful; use as a context manager.
 
-    def __init__(self, *, as_json: bool, quiet: bool = False) -> None:
+    ``line`` and ``panel`` put it into words, by default those of a campaign's run.
+    """
+
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        quiet: bool = False,
+        line: Callable[[Any], str] | None = None,
+        panel: Callable[[Any], RenderableType] | None = None,
+    ) -> None:
+        self._line: Callable[[Any], str] = line or _line
+        self._panel: Callable[[Any], RenderableType] = panel or _panel
         self._json = as_json
         self._quiet = quiet
         self._live: Any = None
@@ -150,7 +164,7 @@ class Shower:
         if self._live is not None:
             self._live.stop()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress | TrainProgress) -> None:
         now = time.monotonic()
         if now - self._last < (_LIVE_EVERY_S if self._live is not None else _PLAIN_EVERY_S):
             return
@@ -160,9 +174,9 @@ class Shower:
         if self._json:
             print(json.dumps({"event": "progress", **asdict(progress)}), flush=True)
         elif self._live is not None:
-            self._live.update(_panel(progress), refresh=True)
+            self._live.update(self._panel(progress), refresh=True)
         else:
-            print(_line(progress), file=sys.stderr, flush=True)
+            print(self._line(progress), file=sys.stderr, flush=True)
 
 
 def _line(progress: Progress) -> str:
@@ -197,3 +211,14 @@ def _panel(progress: Progress) -> RenderableType:
     )
     notes = [Text(note, style="yellow") for note in progress.notes]
     return Group(head, counts_table(progress.stages), tail, *notes)
+
+
+def training_line(progress: TrainProgress) -> str:
+    """Return how a training stands, in one line."""
+    epochs = f"/{progress.epochs}" if progress.epochs is not None else ""
+    return (
+        f"[{duration(progress.elapsed_s)}] {progress.name}: epoch {progress.epoch:.2f}{epochs}, "
+        f"step {progress.step:,}; loss {progress.loss:.4g}, validation {progress.validation:.4g} "
+        f"(best {progress.best:.4g}); {progress.molecules_per_s:,.0f} molecules/s, "
+        f"{duration(progress.left_s)} left"
+    )

@@ -1,0 +1,254 @@
+"""What a model learns from: geometries of a store or of files, split into their parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.errors import CampaignError, StoreError
+from orchestrator.molecules import (
+    GEOMETRY_FORMATS,
+    file_format,
+    match_files,
+    read_archive,
+    read_entries,
+    split_of,
+)
+from orchestrator.toml_file import choose
+
+if TYPE_CHECKING:
+    from kernels.diffusion.training import TrainingSet
+    from orchestrator.train_file import DataTable
+
+_BOND_ORDERS: Final = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}
+
+
+class Geometry(NamedTuple):
+    """One geometry to learn from.
+
+    ``numbers`` (N,); ``positions`` (N, 3) in Å; ``smiles`` is "" where it is not known;
+    ``partner`` (N, 3) in Å is the geometry that its relaxation started from, if there was one.
+    """
+
+    name: str
+    numbers: NDArray[Any]
+    positions: NDArray[Any]
+    smiles: str = ""
+    partner: NDArray[Any] | None = None
+
+
+@dataclass(slots=True)
+class DataSummary:
+    """What was read: geometries by part, those left out by reason, elements, and a checksum."""
+
+    sources: list[str]
+    parts: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    elements: list[int] = field(default_factory=list)
+    atoms: tuple[int, int] = (0, 0)
+    digest: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary in plain values."""
+        return {
+            "sources": self.sources,
+            "parts": dict(self.parts),
+            "left_out": {why: n for why, n in self.left_out.items() if n},
+            "elements": self.elements,
+            "atoms": list(self.atoms),
+            "digest": self.digest,
+        }
+
+
+def read_data(
+    data: DataTable, base: Path, elements: tuple[int, ...] | None = None
+) -> tuple[TrainingSet, TrainingSet, DataSummary]:
+    """The training and the validation part of a file's [data], and what they are.
+
+    Paths are relative to ``base``. Geometries with elements other than ``elements`` (None: any)
+    are left out. Raises CampaignError where a source cannot be used or a part is empty.
+    """
+    # Names alone: a checkpoint travels, and folders are nobody else's business.
+    summary = DataSummary(sources=[Path(source).name for source in data.source])
+    parts: dict[str, list[Geometry]] = {"training": [], "validation": []}
+    kinds = [_kind(source, base) for source in data.source]
+    taken = 0
+    digest = hashlib.sha256()
+    for source, (kind, paths) in zip(data.source, kinds, strict=True):
+        found = (
+            _from_store(data, paths[0], summary)
+            if kind == "store"
+            else (geometry for path in paths for geometry in _from_file(data, path, summary))
+        )
+        for geometry in found:
+            if data.limit is not None and taken >= data.limit:
+                break
+            if elements is not None and not set(geometry.numbers.tolist()) <= set(elements):
+                summary.left_out["an element that the model has not"] += 1
+                continue
+            taken += 1
+            part = split_of(geometry.name or geometry.smiles)
+            summary.parts[part] += 1
+            if part in parts:
+                parts[part].append(geometry)
+                _update(digest, geometry)
+        if not taken:
+            raise CampaignError(f"[data] source: {source}: holds no geometry to learn from")
+    for part, members in parts.items():
+        if not members:
+            raise CampaignError(
+                f"[data] source: no geometry belongs to the {part} part, of {taken} read; the part "
+                "follows from the last number in a molecule's name: n % 10 = 0 is validation, 1 "
+                "is test, the rest training"
+            )
+    everything = parts["training"] + parts["validation"]
+    summary.elements = sorted({int(z) for g in everything for z in g.numbers})
+    sizes = [len(g.numbers) for g in everything]
+    summary.atoms = (min(sizes), max(sizes))
+    summary.digest = digest.hexdigest()
+    return _set(data, parts["training"]), _set(data, parts["validation"]), summary
+
+
+def _update(digest: Any, geometry: Geometry) -> None:
+    digest.update(geometry.name.encode() + b"\0")
+    digest.update(np.ascontiguousarray(geometry.numbers, np.uint8).tobytes())
+    digest.update(np.ascontiguousarray(geometry.positions, np.float32).tobytes())
+
+
+def _set(data: DataTable, members: list[Geometry]) -> TrainingSet:
+    from kernels.diffusion.training import TrainingSet
+
+    extra: dict[str, list[NDArray[Any]]] = {}
+    if "partner" in data.extra:
+        extra["partner"] = [g.partner for g in members if g.partner is not None]
+    if "bonds" in data.extra:
+        extra["bonds"] = [bond_orders(g.smiles, g.numbers) for g in members]
+    return TrainingSet(
+        [g.name for g in members],
+        [g.numbers for g in members],
+        [g.positions for g in members],
+        extra,
+    )
+
+
+def bond_orders(smiles: str, numbers: NDArray[Any]) -> NDArray[np.int64]:
+    """Bond orders (N, N) of a molecule in the order of its atoms.
+
+    0 none, 1 single, 2 double, 3 triple, 4 aromatic, 5 any other.
+    """
+    from kernels.graph import rdkit_molecule
+
+    molecule = rdkit_molecule(smiles)
+    orders = np.zeros((len(numbers), len(numbers)), np.int64)
+    for bond in molecule.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        orders[i, j] = orders[j, i] = _BOND_ORDERS.get(str(bond.GetBondType()), 5)
+    return orders
+
+
+def _kind(source: str, base: Path) -> tuple[str, list[Path]]:
+    """Whether a source is a store or files, and their paths."""
+    try:
+        paths = match_files(source, base)
+    except ValueError as error:
+        raise CampaignError(f'[data] source: "{source}": {error}') from None
+    from orchestrator.molecules import expand
+
+    folder = base / expand(source)
+    if (folder / "campaign.json").is_file():
+        return "store", [folder]
+    if folder.is_dir():
+        raise CampaignError(f'[data] source: "{source}": {folder} is a folder, but no Basin store')
+    if not paths:
+        raise CampaignError(f'[data] source: "{source}": there is no such file or store in {base}')
+    for path in paths:
+        if file_format(path.name) not in GEOMETRY_FORMATS:
+            raise CampaignError(
+                f'[data] source: "{source}": {path} holds no geometries; give a Basin store, or '
+                f"files of {', '.join(GEOMETRY_FORMATS)}"
+            )
+    return "files", paths
+
+
+def _from_file(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Geometry]:
+    from orchestrator.campaign import MoleculeSource
+
+    source = MoleculeSource(files=(str(path),), charge=data.charge)
+    if file_format(path.name) == ".npz" and "bonds" not in data.extra:
+        # Without the perception of bonds, which takes far longer than all the rest.
+        for name, numbers, positions in read_archive(path):
+            yield Geometry(name, numbers, positions)
+        return
+    for entry in read_entries([path], source):
+        if entry.molecule is None or entry.positions is None:
+            summary.left_out["a record that cannot be read"] += 1
+        elif "bonds" in data.extra and not entry.molecule.smiles:
+            summary.left_out["bonds that cannot be perceived"] += 1
+        else:
+            yield Geometry(
+                entry.name or f"{path.name} {entry.line}",
+                entry.molecule.numbers,
+                entry.positions,
+                entry.molecule.smiles,
+            )
+
+
+def _from_store(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Geometry]:
+    from orchestrator.store import Store
+    from orchestrator.tables import Lookup
+
+    store = Store(path)
+    names = ["key", "mol_key", "parent_key", "stage", "level", "connectivity_changed"]
+    rows = store.read("relaxations", [*names, "numbers", "positions"])
+    stages = rows["stage"].strings()
+    wanted = np.ones(len(rows), bool)
+    if not len(rows):
+        raise StoreError(f"{path}: holds no relaxation to learn from")
+    if data.level is not None:
+        wanted = rows["level"].equals(data.level)
+        if not wanted.any():
+            known = sorted(set(rows["level"].strings()))
+            raise CampaignError(f'[data] level = "{data.level}": {choose(data.level, known)}')
+    known = sorted({stage for stage, keep in zip(stages, wanted, strict=True) if keep})
+    if data.stage is None and len(known) > 1:
+        raise CampaignError(
+            f"[data] stage is missing; {path} holds relaxations of the stages {', '.join(known)}"
+        )
+    stage = data.stage if data.stage is not None else known[0]
+    if stage not in known:
+        raise CampaignError(f'[data] stage = "{stage}": {choose(stage, known)}')
+    wanted = wanted & rows["stage"].equals(stage)
+    if not data.connectivity_changed:
+        changed = rows["connectivity_changed"].astype(bool) & wanted
+        summary.left_out["bonds that changed in the relaxation"] += int(changed.sum())
+        wanted = wanted & ~changed
+    # In the order of their keys, which does not depend on how the store came about.
+    order = np.lexsort((rows["key"][:, 1], rows["key"][:, 0]))
+    rows = rows.take(order[wanted[order]])
+    molecules = Lookup(store.read("molecules", ["key", "name", "smiles"]))
+    at = molecules.find(rows["mol_key"])
+    called, smiles = molecules.rows["name"].strings(), molecules.rows["smiles"].strings()
+    parents = Lookup(store.read("geometries", ["key", "positions"])) if data.extra else None
+    origins = parents.find(rows["parent_key"]) if parents is not None else None
+    for row in range(len(rows)):
+        molecule = int(at[row])
+        text = smiles[molecule] if molecule >= 0 else ""
+        if "bonds" in data.extra and not text:
+            summary.left_out["bonds that are not known"] += 1
+            continue
+        partner = None
+        if "partner" in data.extra:
+            origin = int(origins[row]) if origins is not None else -1
+            if parents is None or origin < 0:
+                summary.left_out["no geometry that the relaxation started from"] += 1
+                continue
+            partner = parents.rows["positions"][origin]
+        name = called[molecule] if molecule >= 0 else ""
+        yield Geometry(name or text, rows["numbers"][row], rows["positions"][row], text, partner)
