@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from kernels.diffusion.egnn import ModelConfig, build
@@ -105,10 +105,24 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, unfinished, metadata=metadata)
+        with open(unfinished, "wb") as stream:
+            stream.write(_reproducible(serialize(tensors, metadata)))
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _reproducible(content: bytes) -> bytes:
+    """Sort the header of a safetensors file, whose order safetensors leaves to chance.
+
+    Equal models thus have equal digests, and results equal keys.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def read(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:
