@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.errors import BasinError, CampaignError, StoreError
+from orchestrator.model_command import model_app
 
 if TYPE_CHECKING:
     from orchestrator.campaign import Campaign
@@ -43,6 +44,8 @@ app = typer.Typer(
         "broke off; 5 stopped before all was done (start again to go on)."
     ),
 )
+
+app.add_typer(model_app)
 
 CampaignFile = Annotated[Path, typer.Argument(metavar="CAMPAIGN.toml", help="Campaign file.")]
 Place = Annotated[

@@ -167,7 +167,10 @@ class _Run:
             share = max(1, (os.cpu_count() or 1) // file.run.devices)
             torch.set_num_threads(file.run.threads or share)
         self.device = _device(file, rank)
-        data, judged, self.summary = read_data(file.data, file.path.parent, file.elements)
+        try:
+            data, judged, self.summary = read_data(file.data, file.path.parent, file.elements)
+        except CampaignError as exc:
+            raise CampaignError(f"{file.path}: {exc}") from None
         sizes = {n: len(group["numbers"]) for n, group in data.groups.items()}
         self.config = file.config(self.summary.elements, sizes)
         if data.nbytes < _KEPT_ON_DEVICE:
