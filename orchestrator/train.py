@@ -168,7 +168,12 @@ class _Run:
             torch.set_num_threads(file.run.threads or share)
         self.device = _device(file, rank)
         try:
-            data, judged, self.summary = read_data(file.data, file.path.parent, file.elements)
+            extra = tuple(
+                dict.fromkeys([*file.data.extra, *training.NEEDS.get(self.settings.objective, ())])
+            )
+            data, judged, self.summary = read_data(
+                file.data.model_copy(update={"extra": extra}), file.path.parent, file.elements
+            )
         except CampaignError as exc:
             raise CampaignError(f"{file.path}: {exc}") from None
         sizes = {n: len(group["numbers"]) for n, group in data.groups.items()}

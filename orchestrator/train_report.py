@@ -41,7 +41,9 @@ def loss_curves(history: History) -> Figure:
     """Training and validation loss, and the validation loss by noise level, against the step."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
     style: dict[Any, Any] = {"font.size": 9.5, "axes.labelcolor": _INK, "text.color": _INK}
     with mpl.rc_context(style):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
@@ -59,14 +61,22 @@ def loss_curves(history: History) -> Figure:
             colour = colours(0.9 * at / max(1, len(names) - 1))
             values = [row.get(name, math.nan) for row in history]
             by_level.plot(steps, values, color=colour, lw=1.4, label=level_words(name))
-        by_level.legend(title="noise level n", frameon=False, fontsize=8, ncols=2)
+        by_level.legend(
+            title="noise level n",
+            frameon=False,
+            fontsize=8,
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )
         whole.set_title("Loss", loc="left")
         by_level.set_title("Validation loss by noise level", loc="left")
         for axes in (whole, by_level):
             axes.set_xlabel("optimiser step")
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
-            axes.yaxis.set_minor_formatter(mpl.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
+            axes.yaxis.set_major_formatter(plain)
+            # More than a decade needs no names between its powers of ten.
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(_FAINT)
             axes.grid(axis="y", which="both", color="#e6eaee", linewidth=0.8)

@@ -270,7 +270,8 @@ def edm(
 
     z_n = alpha_n z_0 + sigma_n eps, eps of the positions with zero centre of mass (Hoogeboom et
     al., ICML 2022, eq. 6 and 13, the l2 loss of their code; each molecule's error is divided by
-    its own size instead of the largest one's, and level 0 is treated like every other).
+    its own size instead of the largest one's, and level 0 is treated like every other). Where the
+    batch has bond orders, the network is given them as the graph.
     """
     x, h = centred(batch["positions"]), features(batch["numbers"], config)
     level = batch["level"]
@@ -279,13 +280,19 @@ def edm(
     )
     eps_x, eps_h = centred(noise(generator, x)), noise(generator, h)
     found_x, found_h = network(
-        alpha * x + sigma * eps_x, alpha * h + sigma * eps_h, level / schedule.steps
+        alpha * x + sigma * eps_x,
+        alpha * h + sigma * eps_h,
+        level / schedule.steps,
+        batch.get("bonds"),
     )
     wrong: Tensor = ((found_x - eps_x) ** 2).sum((1, 2)) + ((found_h - eps_h) ** 2).sum((1, 2))
     return wrong / (x.shape[1] * (3 + h.shape[2]))
 
 
 OBJECTIVES: Final[dict[str, Objective]] = {"edm": edm}
+
+# What an objective needs of each molecule beside numbers and positions.
+NEEDS: Final[dict[str, tuple[str, ...]]] = {"edm": ()}
 
 
 def _on(values: NDArray[np.float64], device: torch.device) -> Tensor:
@@ -332,7 +339,7 @@ class TrainState:
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
-    parallel: Module | None = None
+    parallel: DistributedDataParallel | None = None
 
     @property
     def epochs(self) -> float:
@@ -451,23 +458,26 @@ def step(state: TrainState, data: TrainingSet, pieces: Sequence[Piece]) -> float
     """
     settings, world, rank = state.settings, _world(), _rank()
     total = sum(len(piece.rows) for piece in pieces)
-    mine = list(range(rank, len(pieces), world))
     # A process without a piece still takes part in the exchange of gradients, with weight zero.
-    work = [(i, 1.0) for i in mine] or [(0, 0.0)]
-    network = _distributed(state) if world > 1 else state.network
+    mine = [(i, 1.0) for i in range(rank, len(pieces), world)] or [(0, 0.0)]
+
+    def loss_of(network: Module, i: int) -> Tensor:
+        batch = data.take(pieces[i], state.device)
+        generator = _generator(settings.seed, _TRAINING_STREAM, state.step, i)
+        u = torch.rand(len(pieces[i].rows), generator=generator)
+        batch["level"] = levels_at(u, settings, state.schedule).to(state.device)
+        with _arithmetic(state):
+            return _losses(state, network, batch, generator).sum() / total
+
+    parallel = _distributed(state, lambda network: loss_of(network, 0)) if world > 1 else None
     state.optimizer.zero_grad(set_to_none=True)
     summed = torch.zeros((), device=state.device)
-    for at, (i, weight) in enumerate(work):
-        waits = world > 1 and at < len(work) - 1
-        with network.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            batch = data.take(pieces[i], state.device)
-            generator = _generator(settings.seed, _TRAINING_STREAM, state.step, i)
-            u = torch.rand(len(pieces[i].rows), generator=generator)
-            batch["level"] = levels_at(u, settings, state.schedule).to(state.device)
-            with _arithmetic(state):
-                loss = weight * _losses(state, network, batch, generator).sum() / total
+    for at, (i, weight) in enumerate(mine):
+        waits = parallel is not None and at < len(mine) - 1
+        with parallel.no_sync() if parallel is not None and waits else nullcontext():
+            loss = weight * loss_of(parallel or state.network, i)
             torch.autograd.backward(loss * world)
-            summed += loss.detach()
+        summed += loss.detach()
     if world > 1:
         torch.distributed.all_reduce(summed)
     norm = _clip(state)
@@ -496,12 +506,15 @@ def _losses(state: TrainState, network: Module, batch: Batch, generator: Generat
     ).float()
 
 
-def _distributed(state: TrainState) -> Module:
+def _distributed(state: TrainState, probe: Callable[[Module], Tensor]) -> DistributedDataParallel:
     if state.parallel is None:
         devices = [state.device.index] if state.device.type == "cuda" else None
-        # An objective need not use every output of the network.
+        # An objective need not use every output, and looking for the unused costs time.
+        torch.autograd.backward(probe(state.network))
+        unused = any(p.grad is None for p in state.network.parameters() if p.requires_grad)
+        state.optimizer.zero_grad(set_to_none=True)
         state.parallel = DistributedDataParallel(
-            state.network, device_ids=devices, find_unused_parameters=True
+            state.network, device_ids=devices, find_unused_parameters=unused
         )
     return state.parallel
 
