@@ -58,7 +58,7 @@ def read(
         "learning_rate": _plain(arguments.get("lr")),
         "batch": _plain(arguments.get("batch_size")),
     }
-    return config, _renamed(state, config, weights), card
+    return config, renamed(state, config, weights), card
 
 
 def settings_beside(weights: str | Path) -> Path:
@@ -236,7 +236,13 @@ def _check_schedule(config: ModelConfig, state: Mapping[str, Tensor], path: Path
         )
 
 
-def _renamed(state: Mapping[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
+def renamed(
+    state: Mapping[str, Tensor], config: ModelConfig, path: str | Path
+) -> dict[str, Tensor]:
+    """Turn a published state_dict into that of this project's network; `path` is for messages.
+
+    Raises InputError when a tensor is missing or one too many is there.
+    """
     names = {"embedding": "embedding", "readout": "embedding_out"}
     for block in range(config.layers):
         here, there = f"blocks.{block}", f"e_block_{block}"

@@ -53,7 +53,6 @@ class Schedule:
             ("sigma", np.sqrt(1 - squared)),
             ("gamma", np.log1p(-squared) - np.log(squared)),
         ):
-            values.flags.writeable = False
             object.__setattr__(self, name, values)
 
     def reverse_step(self, n: int) -> ReverseStep:
