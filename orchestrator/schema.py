@@ -54,6 +54,12 @@ def _string(name: str, long_name: str) -> Column:
     return Column(name, "string", long_name, pointer=name)
 
 
+def _series(
+    name: str, dtype: str, long_name: str, unit: str = "", pointer: str = "step", width: int = 0
+) -> Column:
+    return Column(name, "ragged", long_name, dtype, unit, pointer, width, raw=width == 3)
+
+
 def _atoms(name: str, dtype: str, long_name: str, unit: str = "", width: int = 0) -> Column:
     return Column(name, "ragged", long_name, dtype, unit, "atom", width, raw=width == 3)
 
@@ -98,13 +104,17 @@ TABLES: dict[str, TableSchema] = {
         ),
         TableSchema(
             "geometries",
-            "One row per geometry of a cheap step: read from a file, embedded, MMFF-optimised.",
+            "One row per geometry of a cheap step: read from a file, embedded, MMFF-optimised, "
+            "or made by a diffusion model.",
             (
                 _key("key", "task that made the geometry"),
                 _key("mol_key", "molecule"),
                 _key("parent_key", "task the step started from (zero: none)"),
                 _category("stage", "name of the campaign's stage"),
-                _category("method", "file, ETKDGv3, ETKDGv3 random coordinates, MMFF94 or UFF"),
+                _category(
+                    "method",
+                    "file, ETKDGv3, ETKDGv3 random coordinates, MMFF94, UFF, or a diffusion model",
+                ),
                 _scalar("conformer", "<u2", "conformer number, from 0"),
                 _scalar("energy_eV", "<f8", "force-field energy (NaN where there is none)", "eV"),
                 _scalar("initial_energy_eV", "<f8", "force-field energy before", "eV"),
@@ -171,6 +181,89 @@ TABLES: dict[str, TableSchema] = {
                     3,
                     raw=True,
                 ),
+            ),
+        ),
+        TableSchema(
+            "paths",
+            "The path of each diffusion, frame 0 being the starting geometry.",
+            (
+                _key("key", "task of the diffusion"),
+                _key("mol_key", "molecule"),
+                _key("parent_key", "task whose geometry it started from (zero: pure noise)"),
+                _category("stage", "name of the campaign's stage"),
+                _scalar("conformer", "<u2", "conformer number, from 0"),
+                _category("model", "name of the diffusion model"),
+                _category("model_digest", "SHA-256 of the model's file"),
+                _scalar("n", "<i4", "diffusion steps"),
+                _category("protocol", "published, deterministic or generation"),
+                _scalar("changed_elements", "<u2", "atoms whose element the model would change"),
+                _scalar(
+                    "connectivity_changed", "u1", "1 where bonds at the end differ from the start"
+                ),
+                _series("level", "<i2", "diffusion step n of each frame", pointer="level"),
+                _atoms("numbers", "u1", "atomic numbers"),
+                _series(
+                    "positions", "<f4", "positions, frame after frame", "angstrom", "position", 3
+                ),
+            ),
+        ),
+        TableSchema(
+            "single_points",
+            "Energies along a diffusion path, frame by frame, or of one geometry.",
+            (
+                _key("key", "task of the single points"),
+                _key("mol_key", "molecule"),
+                _key("parent_key", "task whose path, or geometry, was computed"),
+                _category("stage", "name of the campaign's stage"),
+                _scalar("conformer", "<u2", "conformer number, from 0"),
+                _category("level", "level of theory"),
+                _category("program", "program and version that gave energies and forces"),
+                _scalar("n_atoms", "<u2", "number of atoms"),
+                _series("energy_eV", "<f8", "energy of each frame (NaN: none found)", "eV"),
+                _series("fmax_eV_per_A", "<f8", "largest atomic force", "eV/angstrom"),
+                _series(
+                    "forces",
+                    "<f4",
+                    "forces, frame after frame (when saved)",
+                    "eV/angstrom",
+                    "force",
+                    3,
+                ),
+                _series(
+                    "line_energy_eV",
+                    "<f8",
+                    "energies on the straight line between the first and the last of these frames "
+                    "(when asked for)",
+                    "eV",
+                    "line",
+                ),
+                _scalar("cpu_s", "<f8", "CPU time", "s"),
+            ),
+        ),
+        TableSchema(
+            "generations",
+            "How each molecule made from noise settled, diffusion step by diffusion step.",
+            (
+                _key("key", "task of the generation"),
+                _key("mol_key", "molecule"),
+                _category("stage", "name of the campaign's stage"),
+                _category("model", "name of the diffusion model"),
+                _scalar("n_atoms", "<u2", "number of atoms"),
+                _series("level", "<i2", "diffusion step n of each frame"),
+                _series(
+                    "step_length_A", "<f4", "mean move of an atom in the step to it", "angstrom"
+                ),
+                _series(
+                    "bond_deviation_A",
+                    "<f4",
+                    "mean difference from their final distance, of the pairs bonded at the end",
+                    "angstrom",
+                ),
+                _series("elements_final", "<f4", "share of atoms whose element is the final one"),
+                _series("all_elements_final", "u1", "1 where all atoms have their final element"),
+                _series("bonds_final", "<f4", "share of atoms with as many bonds as at the end"),
+                _series("all_bonds_final", "u1", "1 where all atoms have as many as at the end"),
+                _series("valid_bonds", "<f4", "share of atoms with a usual number of bonds"),
             ),
         ),
         TableSchema(
