@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
@@ -17,14 +16,14 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from kernels.diffusion.egnn import ModelConfig, build
+from kernels.diffusion.model_files import SUFFIX, digest, find, shipped
 from kernels.diffusion.schedule import Schedule
 from kernels.errors import InputError
 
+__all__ = ["Model", "digest", "find", "load", "read", "save", "shipped"]
+
 FORMAT: Final = "basin-diffusion"
 FORMAT_VERSION: Final = 1
-
-_WEIGHTS = Path(__file__).parent / "weights"
-_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,31 +47,6 @@ class Model:
         return next(self.network.parameters()).device
 
 
-def shipped() -> list[str]:
-    """Return the names of the models that come with Basin."""
-    return sorted(path.stem for path in _WEIGHTS.glob(f"*{_SUFFIX}"))
-
-
-def find(name_or_path: str | Path) -> Path:
-    """Return the file of a shipped model, or of a path; InputError when there is none."""
-    path = Path(name_or_path)
-    if path.name == str(name_or_path) and path.name in shipped():
-        return _WEIGHTS / f"{path.name}{_SUFFIX}"
-    if path.is_file():
-        return path
-    names = ", ".join(shipped()) or "none in this installation"
-    raise InputError(
-        f"model {str(name_or_path)!r} is neither a file nor a shipped model; give the path of a "
-        f"{_SUFFIX} file or one of: {names}"
-    )
-
-
-def digest(path: str | Path) -> str:
-    """Return the SHA-256 of a checkpoint file, 64 hexadecimal digits."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def save(
     path: str | Path,
     config: ModelConfig,
@@ -86,8 +60,8 @@ def save(
     float16 halves the file; weights are loaded as float32 either way.
     """
     target = Path(path)
-    if target.suffix != _SUFFIX:
-        raise InputError(f"checkpoint {str(path)!r}: give a name that ends in {_SUFFIX}")
+    if target.suffix != SUFFIX:
+        raise InputError(f"checkpoint {str(path)!r}: give a name that ends in {SUFFIX}")
     kind = {"float32": torch.float32, "float16": torch.float16}[dtype]
     tensors = {
         name: (tensor.to(kind) if tensor.is_floating_point() else tensor).detach().cpu().clone()

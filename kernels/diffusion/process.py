@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ from kernels.diffusion.egnn import elements_of, features
 from kernels.diffusion.noise import centred_normal
 from kernels.diffusion.schedule import ReverseStep, Schedule
 from kernels.errors import InputError, KernelError, NotFiniteError, ResourceError
-
-VERSION: Final = 1
 
 Protocol = Literal["published", "deterministic"]
 Precision = Literal["float32", "tf32", "bfloat16"]
