@@ -703,7 +703,9 @@ def state_from_file(
     """
     content = _read(path)
     now = {"config": _plain(asdict(config)), "settings": asdict(settings)}
-    for part, names in (("config", tuple(now["config"])), ("settings", FIXED_SETTINGS)):
+    # The sizes of the molecules are a matter of the data, and told as such.
+    model = tuple(name for name in now["config"] if name != "size_histogram")
+    for part, names in (("config", model), ("settings", FIXED_SETTINGS)):
         for name in names:
             before, after = content[part].get(name), now[part][name]
             if before != after:
