@@ -8,6 +8,8 @@ checkpoints.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +35,7 @@ class PublishedEdm(nn.Module):
         """Return eps_x (B, M, 3) and eps_h (B, M, F); `real` (B, M, 1) is 0 for padding."""
         config = self.config
         batch, size, _ = x.shape
-        offsets = torch.arange(batch)[:, None, None] * size
-        ones = torch.ones(size, dtype=torch.long)
-        rows = (offsets + torch.arange(size)[:, None] * ones).flatten()
-        columns = (offsets + torch.arange(size)[None] * ones[:, None]).flatten()
+        rows, columns = _pairs(batch, size)
         pair_mask = real @ real.transpose(1, 2) * (1 - torch.eye(size))
         pair_mask = pair_mask.reshape(-1, 1)
         mask = real.reshape(-1, 1)
@@ -93,6 +92,14 @@ def _block(config: ModelConfig) -> nn.Module:
         nn.Linear(hidden, 1, bias=False),
     )
     return block
+
+
+@lru_cache
+def _pairs(batch: int, size: int) -> tuple[Tensor, Tensor]:
+    pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
+    offsets = torch.arange(batch)[:, None, None] * size
+    rows, columns = (offsets + pairs).flatten(0, 1).unbind(1)
+    return rows.contiguous(), columns.contiguous()
 
 
 def _squared(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

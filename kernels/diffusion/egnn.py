@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ QM9_ELEMENTS: Final = (1, 6, 7, 8, 9)
 DRUGS_ELEMENTS: Final = (1, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 33, 35, 53, 80, 83)
 
 _MIN_SQUARED_DISTANCE = 1e-8
+
+Scratch: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Egnn(nn.Module):
         time = level.to(h.dtype)[:, None, None].expand(-1, n_atoms, 1)
         state = self.embedding(torch.cat([h, time], dim=-1))
         others = 1 - torch.eye(n_atoms, dtype=x.dtype, device=x.device)
+        scratch = _scratch(state)
         moved = x
         initial: Tensor | None = None
         for block in self.blocks:
@@ -175,9 +178,23 @@ class Egnn(nn.Module):
             lengths = (squared + _MIN_SQUARED_DISTANCE).sqrt() + self.norm_constant
             directions = apart / lengths[..., None]
             distances = torch.stack([squared, initial], dim=-1)
-            state, moved = block(state, moved, distances, directions, others)
+            state, moved = block(state, moved, distances, directions, others, scratch)
         eps = moved - x
         return eps - eps.mean(dim=1, keepdim=True), self.readout(state)[..., :-1]
+
+
+def _scratch(state: Tensor) -> Scratch | None:
+    """Two arrays (B, N, N, H) that all blocks share, for states (B, N, H); None while training.
+
+    An array of its own for every layer would cost more than the layer's sums: the system hands out
+    memory of this size page by page, and takes it back at once.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
+        return None
+    batch, n_atoms, width = state.shape
+    return state.new_empty(batch, n_atoms, n_atoms, width), state.new_empty(
+        batch, n_atoms, n_atoms, width
+    )
 
 
 class _PairNetwork(nn.Module):
@@ -189,18 +206,25 @@ class _PairNetwork(nn.Module):
         self.first = nn.Linear(2 * hidden + 2, hidden)
         self.second = nn.Linear(hidden, hidden)
 
-    def forward(self, h: Tensor, distances: Tensor) -> Tensor:
-        """Return (B, N, N, H) for h (B, N, H) and distances (B, N, N, 2)."""
+    def forward(self, h: Tensor, distances: Tensor, scratch: Scratch | None) -> Tensor:
+        """Return (B, N, N, H) for h (B, N, H) and distances (B, N, N, 2), maybe in `scratch`."""
         weight, width = self.first.weight, self.hidden
-        at_i = functional.linear(h, weight[:, :width], self.first.bias)
-        at_j = functional.linear(h, weight[:, width : 2 * width])
-        pairs = functional.linear(distances, weight[:, 2 * width :])
-        if torch.is_grad_enabled():
-            pairs = functional.silu(pairs + at_i[:, :, None] + at_j[:, None])
-            return functional.silu(self.second(pairs))
-        pairs.add_(at_i[:, :, None]).add_(at_j[:, None])
-        pairs = self.second(functional.silu(pairs, inplace=True))
-        return functional.silu(pairs, inplace=True)
+        at_i = functional.linear(h, weight[:, :width], self.first.bias)[:, :, None]
+        at_j = functional.linear(h, weight[:, width : 2 * width])[:, None]
+        if scratch is None:
+            pairs = functional.linear(distances, weight[:, 2 * width :]) + at_i + at_j
+            return functional.silu(self.second(functional.silu(pairs)))
+        inner, outer = scratch
+        torch.add(at_i, at_j, out=inner)
+        inner.view(-1, width).addmm_(distances.view(-1, 2), weight[:, 2 * width :].t())
+        functional.silu(inner, inplace=True)
+        torch.addmm(
+            self.second.bias,
+            inner.view(-1, width),
+            self.second.weight.t(),
+            out=outer.view(-1, width),
+        )
+        return functional.silu(outer, inplace=True)
 
 
 class _Messages(nn.Module):
@@ -215,8 +239,10 @@ class _Messages(nn.Module):
         self.node_first = nn.Linear(2 * hidden, hidden)
         self.node_second = nn.Linear(hidden, hidden)
 
-    def forward(self, h: Tensor, distances: Tensor, others: Tensor) -> Tensor:
-        messages = self.pairs(h, distances)
+    def forward(
+        self, h: Tensor, distances: Tensor, others: Tensor, scratch: Scratch | None
+    ) -> Tensor:
+        messages = self.pairs(h, distances, scratch)
         weights = others.expand(messages.shape[:-1])
         if self.gate is not None:
             weights = weights * torch.sigmoid(self.gate(messages).squeeze(-1))
@@ -244,11 +270,17 @@ class _Block(nn.Module):
         self.scale = 1 / config.normalization_factor
 
     def forward(
-        self, h: Tensor, x: Tensor, distances: Tensor, directions: Tensor, others: Tensor
+        self,
+        h: Tensor,
+        x: Tensor,
+        distances: Tensor,
+        directions: Tensor,
+        others: Tensor,
+        scratch: Scratch | None,
     ) -> tuple[Tensor, Tensor]:
         for layer in self.messages:
-            h = layer(h, distances, others)
-        lengths = self.length(self.pairs(h, distances)).squeeze(-1)
+            h = layer(h, distances, others, scratch)
+        lengths = self.length(self.pairs(h, distances, scratch)).squeeze(-1)
         if self.tanh:
             # In every block the whole range, not its share of the layers: as published.
             lengths = torch.tanh(lengths) * self.coords_range
