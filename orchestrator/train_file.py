@@ -41,6 +41,7 @@ from orchestrator.toml_file import (
     keys_of,
     parse,
     read,
+    show,
 )
 
 _OptionalSeconds: TypeAlias = Annotated[
@@ -296,3 +297,13 @@ def _check(raw: Mapping[str, Any], problems: Problems) -> None:
             ("training",),
             '[training] does not say when to stop; write epochs = 100, or max_time = "1 h"',
         )
+
+
+def describe_training() -> list[tuple[str, str, str]]:
+    """Key, default and meaning of every field of [training], as the documentation lists them."""
+    rows = []
+    for field in dataclasses.fields(TrainSettings):
+        key = field.name.removesuffix("_s") if field.metadata.get("unit") else field.name
+        words = "none" if field.default is None else show(field.default)
+        rows.append((key, words, str(field.metadata["description"])))
+    return rows

@@ -45,9 +45,16 @@ _NORMS_NEEDED: Final = 10
 
 
 def _described(
-    text: str, *, at_least: float | None = None, more_than: float | None = None, unit: str = ""
+    text: str,
+    *,
+    at_least: float | None = None,
+    more_than: float | None = None,
+    less_than: float | None = None,
+    unit: str = "",
 ) -> dict[str, Any]:
-    about = {"description": text, "ge": at_least, "gt": more_than, "unit": unit}
+    about = {
+        "description": text, "ge": at_least, "gt": more_than, "lt": less_than, "unit": unit
+    }  # fmt: skip
     return {name: value for name, value in about.items() if value not in (None, "")}
 
 
@@ -59,14 +66,16 @@ class TrainSettings:
     """
 
     objective: str = field(
-        default="edm", metadata=_described("What is learnt; a name in `OBJECTIVES`")
+        default="edm", metadata=_described("What is learnt; edm: the noise, as published")
     )
     epochs: int | None = field(
         default=None, metadata=_described("Training ends after so many epochs", at_least=1)
     )
     max_time_s: float | None = field(
         default=None,
-        metadata=_described("Training ends after this time", more_than=0, unit="s"),
+        metadata=_described(
+            "Training ends after this time, earlier runs included", more_than=0, unit="s"
+        ),
     )
     batch: int = field(default=64, metadata=_described("Molecules in one step", at_least=1))
     pieces: int = field(
@@ -105,7 +114,9 @@ class TrainSettings:
     ema_decay: float = field(
         default=0.9999,
         metadata=_described(
-            "Decay of the moving average of the weights; less in the first steps", at_least=0
+            "Decay of the moving average of the weights; less in the first steps",
+            at_least=0,
+            less_than=1,
         ),
     )
     max_level: int | None = field(

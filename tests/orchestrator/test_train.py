@@ -23,7 +23,7 @@ from orchestrator import train
 from orchestrator.cli import main
 from orchestrator.errors import CampaignError, RunError
 from orchestrator.train import TrainSummary
-from orchestrator.train_file import TrainFile, load_training
+from orchestrator.train_file import TrainFile, describe_training, load_training
 from orchestrator.training_data import bond_orders, read_data
 from tests.orchestrator.store_fixtures import Records, new_store
 
@@ -436,6 +436,21 @@ def test_published_models_are_imported_and_shown(
         main()
     assert end.value.code == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_every_setting_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
+    for key, words, meaning in describe_training():
+        assert f"| `{key}` | {words} | {meaning} |" in text
+
+
+def test_the_training_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
+    block = re.search(r"```toml\n(# my-model\.toml\n.*?)```", text, re.DOTALL)
+    assert block is not None
+    path = tmp_path / "my-model.toml"
+    path.write_text(block[1])
+    assert loaded(path).settings().max_level == 120
 
 
 def test_the_command_starts_without_torch() -> None:
