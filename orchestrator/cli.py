@@ -491,7 +491,7 @@ def train(
     Ctrl-C saves and stops; a second Ctrl-C stops at once, which loses a minute at most.
     """
     from orchestrator.quantities import TIME, QuantityError, parse_quantity
-    from orchestrator.show import Shower, duration, training_line
+    from orchestrator.show import Shower, duration, training_line, training_panel
 
     limit = None
     if max_time is not None:
@@ -508,7 +508,7 @@ def train(
     if devices is not None:
         run_on = loaded.run.model_copy(update={"devices": devices})
         loaded = loaded.model_copy(update={"run": run_on})
-    shower = Shower(as_json=as_json, line=training_line, panel=training_line)
+    shower = Shower(as_json=as_json, line=training_line, panel=training_panel)
     with stop_on_signals() as stop, shower:
         try:
             summary = train_model(loaded, max_time_s=limit, show=shower, stop=stop)

@@ -222,3 +222,10 @@ def training_line(progress: TrainProgress) -> str:
         f"(best {progress.best:.4g}); {progress.molecules_per_s:,.0f} molecules/s, "
         f"{duration(progress.left_s)} left"
     )
+
+
+def training_panel(progress: TrainProgress) -> RenderableType:
+    """Return the same for a terminal, where brackets would else be taken for colours."""
+    from rich.text import Text
+
+    return Text(training_line(progress))

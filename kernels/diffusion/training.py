@@ -137,7 +137,7 @@ class TrainSettings:
         metadata=_described("Noise levels at which a validation molecule is judged", at_least=1),
     )
     validation_limit: int = field(
-        default=1000, metadata=_described("Validation molecules used at most", at_least=1)
+        default=400, metadata=_described("Validation molecules used at most", at_least=1)
     )
     checkpoint_every: float | None = field(
         default=None, metadata=_described("Epochs between two kept checkpoints", more_than=0)
