@@ -14,14 +14,24 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from kernels import calculators
+from kernels.diffusion import PROCESS_VERSION, model_files
 from kernels.errors import KernelError
 from orchestrator.errors import CampaignError
 from orchestrator.molecules import FORMATS, GEOMETRY_FORMATS, expand, file_format, match_files
@@ -47,6 +57,17 @@ _NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _Name: TypeAlias = Annotated[str, Field(pattern=rf"^{_NAME_PATTERN}$", max_length=100)]
 
 
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+# One value, or a list of them, each of which gives a stage of its own.
+_Models: TypeAlias = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)
+]
+_Counts: TypeAlias = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple)]
+
+
 def _default(text: str) -> dict[str, Any]:
     """Marks a default that is worked out while loading, with the words the field table shows."""
     return {"default": text}
@@ -65,6 +86,7 @@ class MoleculeSource(_Table):
     files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         strict=False,
         min_length=1,
+        examples=['["first.smi", "second.smi"]'],
         description="Files or glob patterns, relative to the campaign file: .smi, .csv, .sdf, "
         ".xyz, .extxyz, each of them also with .gz, and .npz with numbers and positions",
     )
@@ -114,7 +136,7 @@ class _StageBase(_Table):
     from_: str | None = Field(
         default=None,
         alias="from",
-        json_schema_extra=_default("the stage before"),
+        json_schema_extra=_default("the last stage before that makes geometries"),
         description="Name of an earlier stage whose geometries this one starts from; the first "
         "stage starts from the files, an embed stage from the molecular graph",
     )
@@ -127,6 +149,7 @@ class _StageBase(_Table):
     memory_limit: Bytes = Field(
         default=2_000_000_000,
         ge=100_000_000,
+        json_schema_extra=_default("2 GB; 4 GB where a diffusion model is at work"),
         description="Memory that one item may use before it is stopped and recorded",
     )
 
@@ -145,6 +168,10 @@ class _StageBase(_Table):
     def kernel_version(self) -> int:
         """Version of the kernel's own code, which enters the task's key."""
         raise NotImplementedError
+
+    def words(self) -> str:
+        """What the stage does, in a few words for a person."""
+        return self.kernel
 
 
 class EmbedStage(_StageBase):
@@ -182,6 +209,10 @@ class EmbedStage(_StageBase):
 
         return VERSION
 
+    def words(self) -> str:
+        """The method."""
+        return "ETKDGv3"
+
 
 class MmffStage(_StageBase):
     """`kernel = "mmff"`: force field minimisation, MMFF94 or, where it lacks parameters, UFF."""
@@ -209,35 +240,18 @@ class MmffStage(_StageBase):
 
         return VERSION
 
+    def words(self) -> str:
+        """The force fields."""
+        return "MMFF94, else UFF"
 
-class RelaxStage(_StageBase):
-    """`kernel = "relax"`: relaxation at a level of theory with an ASE optimizer."""
 
-    kernel: Literal["relax"]
+class _LevelStage(_StageBase):
     level: str = Field(default="GFN2-xTB", description="Level of theory")
     program: str = Field(
         default=_FIRST_PROGRAM,
         json_schema_extra=_default("the level's first: tblite for GFN2-xTB"),
         description="Program that computes the level; never mixed inside a study, since programs "
         "differ in the last digits",
-    )
-    optimizer: Literal["BFGS", "LBFGS", "FIRE", "Sella"] = Field(
-        default="BFGS", description="ASE optimizer; Sella searches a minimum here"
-    )
-    fmax: Force = Field(
-        default=0.03,
-        gt=0,
-        le=1.0,
-        description="The relaxation ends when no atom feels a larger force",
-    )
-    max_steps: int = Field(
-        default=500,
-        ge=1,
-        le=10_000_000,
-        description="Optimizer steps before the item counts as not converged",
-    )
-    max_step_length: Length = Field(
-        default=0.2, gt=0, le=1.0, description="Longest move of an atom in one optimizer step"
     )
     electronic_temperature: Temperature = Field(
         default=300.0,
@@ -268,17 +282,13 @@ class RelaxStage(_StageBase):
         return program
 
     def settings(self) -> dict[str, Setting]:
-        """What determines the relaxed geometry and the frames kept, with every default filled in.
+        """What determines energies and forces, with every default filled in.
 
-        Units: fmax eV/Å, max_step_length Å, electronic_temperature K.
+        Units: electronic_temperature K.
         """
         settings: dict[str, Setting] = {
             "level": self.level,
             "program": self.program,
-            "optimizer": self.optimizer,
-            "fmax": float(self.fmax),
-            "max_steps": self.max_steps,
-            "max_step_length": float(self.max_step_length),
             "save_forces": self.save_forces,
         }
         if self.level not in _LEVELS_WITHOUT_SCF:
@@ -286,8 +296,49 @@ class RelaxStage(_StageBase):
         return settings
 
     def programs(self) -> dict[str, str]:
+        """The program of the level and its version."""
+        return {self.program: _installed_version(self.program, self.name)}
+
+
+class RelaxStage(_LevelStage):
+    """`kernel = "relax"`: relaxation at a level of theory with an ASE optimizer."""
+
+    kernel: Literal["relax"]
+    optimizer: Literal["BFGS", "LBFGS", "FIRE", "Sella"] = Field(
+        default="BFGS", description="ASE optimizer; Sella searches a minimum here"
+    )
+    fmax: Force = Field(
+        default=0.03,
+        gt=0,
+        le=1.0,
+        description="The relaxation ends when no atom feels a larger force",
+    )
+    max_steps: int = Field(
+        default=500,
+        ge=1,
+        le=10_000_000,
+        description="Optimizer steps before the item counts as not converged",
+    )
+    max_step_length: Length = Field(
+        default=0.2, gt=0, le=1.0, description="Longest move of an atom in one optimizer step"
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines the relaxed geometry and the frames kept, with every default filled in.
+
+        Units: fmax eV/Å, max_step_length Å, electronic_temperature K.
+        """
+        return {
+            **super().settings(),
+            "optimizer": self.optimizer,
+            "fmax": float(self.fmax),
+            "max_steps": self.max_steps,
+            "max_step_length": float(self.max_step_length),
+        }
+
+    def programs(self) -> dict[str, str]:
         """The program of the level, and Sella where it is the optimizer, with their versions."""
-        versions = {self.program: _installed_version(self.program, self.name)}
+        versions = super().programs()
         if self.optimizer == "Sella":
             versions["sella"] = _installed_version("sella", self.name)
         return versions
@@ -298,6 +349,102 @@ class RelaxStage(_StageBase):
         from kernels.relaxation import VERSION
 
         return VERSION
+
+    def words(self) -> str:
+        """Level, program, optimizer and where it ends."""
+        return f"{self.level}/{self.program}, {self.optimizer} to {self.fmax:g} eV/Å"
+
+
+class _ModelStage(_StageBase):
+    memory_limit: Bytes = Field(
+        default=4_000_000_000,
+        ge=500_000_000,
+        description="Memory that a batch of items may use before its items are run alone",
+    )
+    model: _Models = Field(
+        min_length=1,
+        examples=['["first.safetensors", "second.safetensors"]'],
+        description="Diffusion model: the name of a shipped one, or a .safetensors file, relative "
+        "to the campaign file; a list gives a stage for each, named with the file's stem",
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _no_model_twice(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        return _no_repeats(values)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name: the shipped one's, or the file's stem."""
+        return _stem(self.model[0])
+
+    def model_digest(self) -> str:
+        """SHA-256 of the model file; raises CampaignError where it cannot be read."""
+        return _model_digest(self.model[0], self.name)
+
+    def programs(self) -> dict[str, str]:
+        """None: the model's file stands for what computes, whatever torch runs it."""
+        return {}
+
+
+class DiffuseStage(_ModelStage):
+    """`kernel = "diffuse"`: the last n steps of a diffusion model's process, from a geometry."""
+
+    kernel: Literal["diffuse"]
+    n: _Counts = Field(
+        min_length=1,
+        examples=["[20, 50]"],
+        description="Diffusion steps; a list gives a stage for each number, named with it",
+    )
+    protocol: Literal["deterministic", "published"] = Field(
+        default="deterministic",
+        description="deterministic: no noise is added and elements are held; published: as in "
+        "Rothchild et al. (2024), noise included",
+    )
+
+    @field_validator("n")
+    @classmethod
+    def _no_number_twice(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        return _no_repeats(values)
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines a path: the model by its digest, n and the protocol."""
+        return {"model": self.model_digest(), "n": self.n[0], "protocol": self.protocol}
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of `kernels.diffusion.process`."""
+        return PROCESS_VERSION
+
+    def words(self) -> str:
+        """Model, steps and protocol."""
+        return f"{self.model_name}, n = {self.n[0]}, {self.protocol}"
+
+
+class SinglePointsStage(_LevelStage):
+    """`kernel = "single_points"`: energies of every frame of a diffusion path, or of a geometry."""
+
+    kernel: Literal["single_points"]
+    line: bool = Field(
+        default=False,
+        description="Also compute the energies on the straight line from the first of the frames "
+        "to the last, at as many points",
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines the energies."""
+        return {**super().settings(), "line": self.line}
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of `kernels.single_points`."""
+        from kernels.single_points import VERSION
+
+        return VERSION
+
+    def words(self) -> str:
+        """Level and program."""
+        return f"{self.level}/{self.program}, every frame"
 
 
 class RehearseStage(_StageBase):
@@ -333,16 +480,21 @@ class RehearseStage(_StageBase):
         return 1
 
 
-Stage: TypeAlias = EmbedStage | MmffStage | RelaxStage | RehearseStage
+Stage: TypeAlias = (
+    EmbedStage | MmffStage | RelaxStage | DiffuseStage | SinglePointsStage | RehearseStage
+)
 
-STAGES: Final[
-    Mapping[str, type[EmbedStage] | type[MmffStage] | type[RelaxStage] | type[RehearseStage]]
-] = {
+STAGES: Final[Mapping[str, type[Stage]]] = {
     "embed": EmbedStage,
     "mmff": MmffStage,
     "relax": RelaxStage,
+    "diffuse": DiffuseStage,
+    "single_points": SinglePointsStage,
     "rehearse": RehearseStage,
 }
+# Nothing can start from their results.
+_WITHOUT_GEOMETRIES: Final = frozenset({"single_points"})
+_NEED_GEOMETRIES: Final = frozenset({"mmff", "relax", "diffuse", "single_points"})
 _LEVELS_WITHOUT_SCF: Final = frozenset({"MMFF94"})
 
 
@@ -395,9 +547,11 @@ class Campaign(_Table):
         raise CampaignError(f'{self.path}: there is no stage "{name}"; {_choose(name, names)}')
 
 
-def load_campaign(path: Path) -> Campaign:
+def load_campaign(path: Path, *, with_models: bool = True) -> Campaign:
     """The campaign in a TOML file, checked, with paths made absolute and defaults filled in.
 
+    A stage with a list of models or of n becomes a stage for each, and so does every stage that
+    starts from it. `with_models` false does not look for the models' files: enough for a reader.
     Raises CampaignError listing every problem found, each with file, line, field, value, what is
     wrong and what to write.
     """
@@ -414,9 +568,11 @@ def load_campaign(path: Path) -> Campaign:
             problems.translate(detail)
     _check_tree(raw, problems)
     _check_sources(raw, path, problems)
+    if with_models:
+        _check_models(raw, path, problems)
     problems.raise_if_any()
     assert campaign is not None
-    return campaign
+    return _expand(campaign, filled["stages"])
 
 
 # Reading the file
@@ -774,7 +930,8 @@ def _what_is_wrong(
     if kind == "string_too_long":
         return f"is longer than {context['max_length']} characters"
     if kind == "too_short":
-        return 'is empty; write for example ["first.smi", "second.smi"]'
+        example = info.examples[0] if info is not None and info.examples else ""
+        return f"is empty; write for example {example}"
     if kind == "string_too_short":
         return "is empty; write a text between the quotes"
     return _WRONG_TYPE.get(kind, "cannot be used here")
@@ -854,49 +1011,231 @@ def _fill_in_stage(stages: Sequence[Any], index: int) -> Any:
     filled = dict(stage)
     if _stage_name(stage):
         filled.setdefault("name", _stage_name(stage))
-    if index > 0 and stage.get("kernel") != "embed" and _stage_name(stages[index - 1]):
-        filled.setdefault("from", _stage_name(stages[index - 1]))
+    before = [
+        _stage_name(earlier)
+        for earlier in stages[:index]
+        if not (isinstance(earlier, dict) and earlier.get("kernel") in _WITHOUT_GEOMETRIES)
+    ]
+    if before and before[-1] and stage.get("kernel") != "embed":
+        filled.setdefault("from", before[-1])
     return filled
 
 
 def _check_tree(raw: Mapping[str, Any], problems: _Problems) -> None:
-    """Names are unique, and every stage starts from an earlier one."""
+    """Names are unique, lists written out, and every stage starts from an earlier one."""
     stages = raw.get("stages")
     if not isinstance(stages, list):
         return
     seen: dict[str, int] = {}
-    names = [_stage_name(stage) for stage in stages]
+    filled = [_fill_in_stage(stages, index) for index in range(len(stages))]
+    made = _variants(filled)
     for index, stage in enumerate(stages):
-        name = names[index]
-        if name in seen:
-            first = problems.line(("stages", seen[name]))
+        names = list(dict.fromkeys(variant.name for variant in made[index]))
+        twice = [name for name in names if name in seen]
+        if twice:
+            first = seen[twice[0]]
             problems.add(
                 ("stages", index),
-                f'stage {index + 1}: name = "{name}": stage {seen[name] + 1} (line {first}) has '
-                f'this name too; give one of them another, such as name = "{name}-2"',
+                f'stage {index + 1}: name = "{twice[0]}": stage {first + 1} (line '
+                f"{problems.line(('stages', first))}) has this name too; give one of them another, "
+                f'such as name = "{_stage_name(stage)}-2"',
             )
-        elif name:
-            seen[name] = index
+        elif len(names) < len(made[index]):
+            # Values that repeat are reported by themselves.
+            models = _as_list(stage.get("model"))
+            if len({str(model) for model in models}) == len(models):
+                problems.add_value(
+                    ("stages", index, "model"),
+                    models,
+                    "two of these files have the same name, after which the stages would be "
+                    "named; rename one",
+                )
+        seen.update((name, index) for name in names if name and name not in seen)
         origin = stage.get("from") if isinstance(stage, dict) else None
         if isinstance(origin, str):
-            what = _wrong_origin(origin, stage, index, names)
+            what = _wrong_origin(origin, stage, index, filled, made)
             if what:
                 problems.add_value(("stages", index, "from"), origin, what)
 
 
 def _wrong_origin(
-    origin: str, stage: Mapping[str, Any], index: int, names: Sequence[str]
+    origin: str,
+    stage: Mapping[str, Any],
+    index: int,
+    stages: Sequence[Any],
+    made: Sequence[Sequence[_Variant]],
 ) -> str | None:
-    earlier = [name for name in names[:index] if name]
+    names: dict[str, int] = {}
+    for at, variants in enumerate(made):
+        for name in (_stage_name(stages[at]), *(variant.name for variant in variants)):
+            if name:
+                names.setdefault(name, at)
+    fit = [
+        name
+        for name, at in names.items()
+        if at < index and stages[at].get("kernel") not in _WITHOUT_GEOMETRIES
+    ]
     if stage.get("kernel") == "embed":
         return "an embed stage starts from the molecular graph alone; leave the line out"
-    if origin in earlier:
+    if origin in fit:
         return None
-    if not earlier:
+    if not fit:
         return "the first stage starts from the files; leave the line out"
-    if origin in names[index:]:
-        return f"a stage can only start from an earlier one: {_either(earlier)}"
-    return f"no earlier stage has this name; {_choose(origin, earlier)}"
+    if origin in names and names[origin] < index:
+        return f"this stage gives energies and no geometry to start from; {_choose('', fit)}"
+    if origin in names:
+        return f"a stage can only start from an earlier one: {_either(fit)}"
+    return f"no earlier stage has this name; {_choose(origin, fit)}"
+
+
+# Lists of models and of n: a stage for each value, and for each that starts from one of those
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """One stage out of one with lists: `suffix` is what its name has more than the file's."""
+
+    name: str
+    suffix: str
+    from_: str | None
+    n: object
+    model: object
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _stem(model: object) -> str:
+    """A model's name as part of a stage's: its file's stem, in the letters that names have."""
+    name = Path(str(model)).name.removesuffix(model_files.SUFFIX)
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
+
+
+def _variants(stages: Sequence[Any]) -> list[list[_Variant]]:
+    """What becomes of each stage of the file, whose defaults are filled in."""
+    made: list[list[_Variant]] = []
+    by_name: dict[str, list[_Variant]] = {}
+    for stage in stages:
+        fields = stage if isinstance(stage, dict) else {}
+        name, origin = _stage_name(stage), fields.get("from")
+        # A parent named with its suffix is that one alone, and passes on no suffix.
+        parents = by_name.get(origin, []) if isinstance(origin, str) else []
+        chosen: list[tuple[str, str | None]] = [
+            (v.suffix if origin != v.name else "", v.name) for v in parents
+        ]
+        variants = []
+        for suffix, parent in chosen or [("", origin if isinstance(origin, str) else None)]:
+            for n in _as_list(fields.get("n")):
+                for model in _as_list(fields.get("model")):
+                    more = f"-{n}" if isinstance(fields.get("n"), list) else ""
+                    more += f"-{_stem(model)}" if isinstance(fields.get("model"), list) else ""
+                    variants.append(_Variant(name + suffix + more, suffix + more, parent, n, model))
+        made.append(variants)
+        for variant in variants:
+            by_name.setdefault(variant.name, [variant])
+        if len(variants) != 1:
+            by_name[name] = variants
+    return made
+
+
+def _expand(campaign: Campaign, filled: Sequence[Any]) -> Campaign:
+    """The campaign with a stage for each value of a list, and its models found."""
+    stages: list[Stage] = []
+    for stage, variants in zip(campaign.stages, _variants(filled), strict=True):
+        for variant in variants:
+            change: dict[str, Any] = {"name": variant.name, "from_": variant.from_}
+            if isinstance(stage, DiffuseStage):
+                change["n"] = (variant.n,)
+            if isinstance(stage, _ModelStage):
+                change["model"] = (_model_place(str(variant.model), campaign.path),)
+            stages.append(stage.model_copy(update=change))
+    return campaign.model_copy(update={"stages": tuple(stages)})
+
+
+def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for at, value in enumerate(values) if value in values[:at]]
+    if twice:
+        raise ValueError(f"holds {_show(twice[0])} twice; keep one")
+    return values
+
+
+# Diffusion models
+
+
+def _model_place(model: str, path: Path) -> str:
+    """A shipped model's name as it is, since every machine has it elsewhere; a file's full path."""
+    if model in model_files.shipped():
+        return model
+    return os.path.normpath(path.resolve().parent / expand(model))
+
+
+def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
+    """Every model is there, can be read, and has as many steps as are asked of it."""
+    stages = raw.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict) or stage.get("kernel") not in ("diffuse",):
+            continue
+        steps: dict[str, int] = {}
+        for model in _as_list(stage.get("model")):
+            if isinstance(model, str) and model:
+                try:
+                    steps[model] = _model_header(model, path).steps
+                except ValueError as error:
+                    problems.add_value(("stages", index, "model"), model, str(error))
+        for n in _as_list(stage.get("n")):
+            short = [name for name, most in steps.items() if _is_count(n) and n > most]
+            if short:
+                problems.add_value(
+                    ("stages", index, "n"),
+                    n,
+                    f"model {_show(short[0])} has {steps[short[0]]} diffusion steps; give 1 to "
+                    f"{steps[short[0]]} (20 to 50 relax a geometry)",
+                )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _model_header(model: str, path: Path) -> model_files.Header:
+    """What a model's header says; raises ValueError with what to write instead."""
+    shipped = model_files.shipped()
+    try:
+        place = _model_place(model, path)
+        return model_files.read_header(model_files.find(place))
+    except KernelError as error:
+        if Path(place).exists():
+            raise ValueError(str(error).removeprefix(f"model {place!r} ")) from None
+    if model.endswith(model_files.SUFFIX) or os.sep in model:
+        folder = Path(place).parent
+        names = sorted(file.name for file in folder.glob(f"*{model_files.SUFFIX}"))
+        near = difflib.get_close_matches(Path(place).name, names, n=3, cutoff=0.4) or names[:5]
+        there = f"; {folder} holds {', '.join(near)}" if near else ""
+        raise ValueError(f"there is no such file {place}{there}")
+    if not shipped:
+        raise ValueError(
+            "this installation comes with no models; give the path of a .safetensors file, as "
+            "`basin train` and `basin model import` write it"
+        )
+    raise ValueError(
+        f"is no model that comes with Basin; {_choose(model, shipped)} Or give the path of a "
+        ".safetensors file"
+    )
+
+
+def _model_digest(model: str, stage: str) -> str:
+    try:
+        file = model_files.find(model)
+        status = file.stat()
+        return _digest_of(str(file), status.st_mtime_ns, status.st_size)
+    except (KernelError, OSError) as error:
+        raise CampaignError(f'stage "{stage}": model: {error}') from None
+
+
+@lru_cache(maxsize=64)
+def _digest_of(file: str, modified_ns: int, size: int) -> str:
+    return model_files.digest(file)
 
 
 def _check_sources(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
@@ -923,7 +1262,7 @@ def _check_sources(raw: Mapping[str, Any], path: Path, problems: _Problems) -> N
                 f"is of no known format; use {', '.join(FORMATS)}, each also with .gz",
             )
         flat = [n for n, known in formats.items() if known and known not in GEOMETRY_FORMATS]
-        if flat and kernel in ("mmff", "relax"):
+        if flat and kernel in _NEED_GEOMETRIES:
             problems.add_value(
                 location,
                 flat[0],

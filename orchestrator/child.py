@@ -37,7 +37,7 @@ class Shared:
         self._map.close()
 
     def set_current(self, item: int) -> None:
-        """Say which item runs from now on; -1 for none."""
+        """Say which item runs from now on, the first of a batch; -1 for none."""
         _CURRENT.pack_into(self._map, 0, item, time.monotonic())
 
     def current(self) -> tuple[int, float]:
@@ -75,26 +75,47 @@ def _failure(exc: BaseException) -> dict[str, Any]:
     }
 
 
-def _run(connection: Connection, shared: Shared, stage: Any, work: list[Any]) -> None:
+def _outcomes(stage: Any, payloads: list[Any], shared: Shared) -> list[dict[str, Any]]:
+    """Run a batch and share its time out; where it fails as a whole, run its items alone."""
     from orchestrator.kernel_calls import call
 
+    started, wall, cpu = time.time(), time.perf_counter(), time.process_time()
+    try:
+        outcomes = call(stage, payloads, shared.stop)
+    except Exception as exc:
+        if len(payloads) > 1:
+            return [
+                outcome for payload in payloads for outcome in _outcomes(stage, [payload], shared)
+            ]
+        outcomes = [_failure(exc)]
+    wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
+    weights = [float(outcome.pop("weight", 1.0)) for outcome in outcomes]
+    for outcome, weight in zip(outcomes, weights, strict=True):
+        share = weight / sum(weights) if any(weights) else 1 / len(weights)
+        outcome.update(wall_s=share * wall_s, cpu_s=share * cpu_s, started_s=started)
+    return outcomes
+
+
+def _run(connection: Connection, shared: Shared, stage: Any, work: list[Any]) -> None:
+    from kernels.errors import KernelError
+    from orchestrator.kernel_calls import prepare
+
+    try:
+        prepare(stage)
+    except KernelError as exc:
+        connection.send(("refused", str(exc)))
+        return
     ready: list[tuple[int, dict[str, Any]]] = []
     size = 0
     sent = 0.0
-    for index, payload in work:
+    for batch in work:
         if shared.stop():
             break
-        shared.set_current(index)
-        started, wall, cpu = time.time(), time.perf_counter(), time.process_time()
-        try:
-            outcome = call(stage, payload, shared.stop)
-        except Exception as exc:
-            outcome = _failure(exc)
-        outcome["wall_s"] = time.perf_counter() - wall
-        outcome["cpu_s"] = time.process_time() - cpu
-        outcome["started_s"] = started
-        ready.append((index, outcome))
-        size += outcome.get("nbytes", 200)
+        indices, payloads = zip(*batch, strict=True)
+        shared.set_current(indices[0])
+        outcomes = _outcomes(stage, list(payloads), shared)
+        ready += zip(indices, outcomes, strict=True)
+        size += sum(outcome.get("nbytes", 200) for outcome in outcomes)
         now = time.monotonic()
         if now - sent > _SEND_EVERY_S or size > _SEND_BYTES:
             connection.send(("results", ready))
@@ -104,7 +125,7 @@ def _run(connection: Connection, shared: Shared, stage: Any, work: list[Any]) ->
 
 
 def main() -> None:
-    """Serve batches of work until the other end closes."""
+    """Serve what the guard sends, a bundle at a time, until the other end closes."""
     die_with_parent()
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -57,7 +57,7 @@ class Forecast:
 
 def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
     """Return estimates per stage from a sample of the store's finished tasks."""
-    estimates = [Estimate(stage.kernel) for stage in plan.stages]
+    estimates = [Estimate(stage.kernel, stage.frames) for stage in plan.stages]
     if snapshot is None:
         return estimates
     atoms: dict[bytes, int] = {}
@@ -70,7 +70,7 @@ def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
         if len(atoms) >= _SAMPLE_ROWS:
             break
     seen = 0
-    for rows in snapshot.parts("tasks", ["mol_key", "kernel", "status", "wall_s"]):
+    for rows in snapshot.parts("tasks", ["mol_key", "stage", "kernel", "status", "wall_s"]):
         _learn(estimates, plan, rows.take(np.arange(min(len(rows), 4 * _SAMPLE_ROWS))), atoms)
         seen += len(rows)
         if seen >= 4 * _SAMPLE_ROWS:
@@ -84,6 +84,9 @@ def _learn(estimates: list[Estimate], plan: Plan, rows: Rows, atoms: dict[bytes,
     ok = rows["status"].equals("ok") & (n_atoms > 0)
     for stage in plan.stages:
         mine = ok & rows["kernel"].equals(stage.label)
+        # The same program on another level, or on paths of another length, tells less.
+        own = mine & rows["stage"].equals(stage.name)
+        mine = own if own.any() else mine
         if mine.any():
             wall = rows["wall_s"][mine].astype(np.float32)
             estimates[stage.index].learn(n_atoms[mine].astype(np.int64), wall)
@@ -136,15 +139,6 @@ def _roots_of_files(campaign: Campaign, plan: Plan, read: _Read) -> Iterator[lis
         read.examples.append(f"... and {read.bad - _BAD_EXAMPLES} more")
 
 
-def _what(settings: dict[str, object], kernel: str) -> str:
-    if kernel == "relax":
-        return (
-            f"{settings['level']}/{settings['program']}, {settings['optimizer']} to "
-            f"{settings['fmax']:g} eV/Å"
-        )
-    return {"embed": "ETKDGv3", "mmff": "MMFF94, else UFF"}.get(kernel, kernel)
-
-
 def forecast(campaign: Campaign, site: Site) -> Forecast:
     """Return what a campaign would take on a site; reads, and starts nothing."""
     plan = Plan(campaign)
@@ -181,7 +175,7 @@ def forecast(campaign: Campaign, site: Site) -> Forecast:
         stages.append(
             StageForecast(
                 stage=stage.name,
-                what=_what(stage.settings, stage.kernel),
+                what=stage.words,
                 pool=stage.pool,
                 tasks=planned[i],
                 done=done[i],

@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from orchestrator.child import SHARED_BYTES, Shared
-from orchestrator.errors import RunError
+from orchestrator.errors import CampaignError, RunError
 
 POLL_S = 0.1
 RECYCLE_AFTER = 20_000
@@ -105,22 +105,28 @@ class Guard:
         *,
         time_limit: float,
         memory_limit: int,
+        batches: Sequence[Sequence[int]] | None = None,
         crash_limit: int = 2,
         should_stop: Callable[[], bool] = lambda: False,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (index, outcome) for each payload, in order unless a crash intervenes.
 
-        An item whose crash repeats ``crash_limit`` times is given up.
-        ``time_limit`` (s) and ``memory_limit`` (bytes, resident) hold for each item. After
+        ``batches`` says which items run together (default: each alone). A batch that crashes, or
+        breaks a limit, is run again item by item, and so costs only the guilty one.
+        An item whose crash repeats ``crash_limit`` times is given up. ``time_limit`` (s) holds for
+        each item, and for a batch as often as it has items; ``memory_limit`` (bytes, resident) for
+        whatever runs. After
         ``should_stop`` turns true the running item may save its state and end with status
         `open`, and items that were not started have no outcome at all. ``on_wait`` is called
         several times a second while nothing comes in.
-        Raises RunError where child processes end before they run anything.
+        Raises RunError where child processes end before they run anything, CampaignError where
+        what all items need is not there.
         """
         pending = dict(enumerate(payloads))
         attempts = dict.fromkeys(pending, 0)
         limits = dict.fromkeys(pending, memory_limit)
+        planned = [list(batch) for batch in batches or [[i] for i in pending]]
         if self._under_way:
             # Whoever asked for the last batch left before its end (a full disk, say); the child
             # still works on it, and what it sends must not be taken for results of this one.
@@ -133,8 +139,10 @@ class Guard:
             child.shared.set_stop(False)
             self._under_way = True
             done = False
+            planned = [left for b in planned if (left := [i for i in b if i in pending])]
+            batch_of = {batch[0]: batch for batch in planned}
             try:
-                child.connection.send((stage, list(pending.items())))
+                child.connection.send((stage, [[(i, pending[i]) for i in b] for b in planned]))
             except OSError:
                 child.process.wait()
                 if not child.items:
@@ -163,6 +171,7 @@ class Guard:
                 if should_stop():
                     child.shared.set_stop(True)
                 current, since = child.shared.current()
+                together = len(batch_of.get(current, ()))
                 if child.process.poll() is not None:
                     # What it sent before it died is still in the pipe.
                     for index, outcome in self._receive(child, 0.0):
@@ -173,16 +182,28 @@ class Guard:
                             yield index, outcome
                     if current < 0 and not child.items:
                         self._count_stillborn(child)
+                    if together > 1:
+                        planned = _alone(planned, current)
+                        self._replace()
+                        break
                     verdict = self._autopsy(
                         child, attempts, current if current in pending else -1, crash_limit
                     )
-                elif current in pending and now - since > time_limit:
+                elif current in pending and now - since > together * time_limit:
+                    if together > 1:
+                        planned = _alone(planned, current)
+                        self._replace()
+                        break
                     verdict = _outcome(
                         "timeout",
                         f"not finished after its time limit of {time_limit:g} s "
                         "(`time_limit` of the stage)",
                     )
                 elif current in pending and child.resident() > limits[current]:
+                    if together > 1:
+                        planned = _alone(planned, current)
+                        self._replace()
+                        break
                     attempts[current] += 1
                     if attempts[current] < 2:
                         limits[current] *= 2
@@ -237,6 +258,8 @@ class Guard:
                 return
             while True:
                 kind, results = child.connection.recv()
+                if kind == "refused":
+                    raise CampaignError(results)
                 yield from results
                 if kind == "done":
                     yield -1, {}
@@ -272,6 +295,14 @@ class Guard:
         attempts[current] -= 1
         tries = attempts[current] + 1
         return _outcome(status, f"{how}, {tries} times{f': {words}' if words else ''}")
+
+
+def _alone(batches: list[list[int]], first: int) -> list[list[int]]:
+    """Return batches with the one that begins with ``first`` taken apart."""
+    made: list[list[int]] = []
+    for batch in batches:
+        made += [[i] for i in batch] if batch[0] == first else [batch]
+    return made
 
 
 def _outcome(status: str, message: str) -> dict[str, Any]:

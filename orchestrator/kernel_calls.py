@@ -5,29 +5,50 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.errors import InputError, KernelError
+from orchestrator.schema import STATUSES
+
+if TYPE_CHECKING:
+    from kernels.diffusion.checkpoint import Model
+    from kernels.diffusion.process import Start
+
+# Pairs of atoms that share a batch: on a CPU few, so that a batch ends soon and can be timed.
+_CPU_PAIRS = 1024
+_GPU_PAIRS = 1 << 20
+# Environment of a pool whose workers may use more than one thread each for diffusion models.
+TORCH_THREADS = "BASIN_TORCH_THREADS"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What every item of a bundle has in common."""
+    """What every item of a bundle has in common.
+
+    ``model``: name or file of the diffusion model; ``gpu``: whether it may run on one.
+    """
 
     kernel: str
     settings: dict[str, Any]
     checkpoint_every: float
+    model: str = ""
+    gpu: bool = False
+    memory_limit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
     """What one item brings: the molecule, and the geometry to start from where there is one.
 
-    numbers (N,) uint8, positions (N, 3) float64 in Å.
+    numbers (N,) uint8, positions (N, 3) float64 in Å; frames (F, N, 3) float32 in Å, the path to
+    compute from its frame ``first`` on.
     """
 
     smiles: str
@@ -38,11 +59,41 @@ class Payload:
     numbers: NDArray[np.uint8] | None
     positions: NDArray[np.float64] | None
     checkpoint: str
+    frames: NDArray[np.float32] | None = None
+    first: int = 0
 
 
-def call(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
-    """Run one item; return status, rows by table, and the changed settings it took."""
-    return _KERNELS[stage.kernel](stage, payload, stop)
+def batches(stage: Call, payloads: Sequence[Payload]) -> list[list[int]]:
+    """Return which items run together: one by one, but for models' molecules of equal size."""
+    if stage.kernel not in _BATCHED:
+        return [[i] for i in range(len(payloads))]
+    by_size: dict[int, list[int]] = {}
+    for i, payload in enumerate(payloads):
+        by_size.setdefault(0 if payload.numbers is None else len(payload.numbers), []).append(i)
+    made = []
+    for n_atoms, members in sorted(by_size.items()):
+        pairs = _GPU_PAIRS if stage.gpu else _CPU_PAIRS
+        size = max(1, pairs // max(1, n_atoms) ** 2)
+        made += [members[at : at + size] for at in range(0, len(members), size)]
+    return made
+
+
+def prepare(stage: Call) -> None:
+    """Load what all items need; raises KernelError where that is not what was planned."""
+    if stage.model:
+        _model(stage.model, stage.settings["model"], stage.gpu)
+
+
+def call(
+    stage: Call, payloads: Sequence[Payload], stop: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    """Run a batch; return of each item status, rows by table, and the changed settings it took.
+
+    ``weight`` is an item's share of the batch's time, 1 by default.
+    """
+    if stage.kernel in _BATCHED:
+        return _BATCHED[stage.kernel](stage, payloads)
+    return [_KERNELS[stage.kernel](stage, payload, stop) for payload in payloads]
 
 
 def _done(
@@ -193,6 +244,184 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
     return {**_done(rows, 600 + 16 * len(fmax) + frames.nbytes, tried), "checkpointed": kept}
 
 
+def _failed(error: KernelError) -> dict[str, Any]:
+    assert error.status in STATUSES
+    return {"status": error.status, "message": str(error), "ladder": (), "weight": 0.0}
+
+
+@lru_cache(maxsize=4)
+def _model(model: str, digest: str, gpu: bool) -> Model:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"diffusion models need torch, which cannot be loaded ({error}); pip install torch"
+        ) from error
+
+    from kernels.diffusion.checkpoint import load
+
+    # Many workers share a machine; more threads only pay where one has cores to itself.
+    torch.set_num_threads(int(os.environ.get(TORCH_THREADS, "1")))
+    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    found = load(model, device)
+    if found.digest != digest:
+        raise InputError(
+            f"model {model!r} has changed since the run was planned (SHA-256 {found.digest[:12]}, "
+            f"planned {digest[:12]}); start the same command again to use the new file"
+        )
+    return found
+
+
+def _start(payload: Payload, model: Model) -> Start | KernelError:
+    """Return where a diffusion starts, with the bonds if the model looks at them."""
+    from kernels.diffusion.process import Start
+    from orchestrator.training_data import bond_orders
+
+    assert payload.numbers is not None
+    assert payload.positions is not None
+    graph = None
+    if model.config.architecture != "edm":
+        if not payload.smiles:
+            return InputError(
+                f"model {model.name!r} looks at the bonds, and no SMILES is known for this "
+                "molecule; use a model that needs none"
+            )
+        graph = bond_orders(payload.smiles, payload.numbers)
+    return Start(payload.numbers, payload.positions, payload.seed, graph)
+
+
+def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
+    from kernels.connectivity import changes
+    from kernels.diffusion.process import DiffuseSettings, Start, diffuse
+
+    settings = stage.settings
+    n, protocol = settings["n"], settings["protocol"]
+    model = _model(stage.model, settings["model"], stage.gpu)
+    starts = [_start(payload, model) for payload in payloads]
+    # Half of it: the library and the weights need some, and so does the path.
+    limit = stage.memory_limit // 2 if stage.memory_limit and model.device.type == "cpu" else None
+    fit = [start for start in starts if isinstance(start, Start)]
+    results = iter(diffuse(model, fit, DiffuseSettings(n=n, protocol=protocol), memory_limit=limit))
+    outcomes = []
+    for start in starts:
+        if isinstance(start, KernelError):
+            outcomes.append(_failed(start))
+            continue
+        made = next(results)
+        if isinstance(made, KernelError):
+            outcomes.append(_failed(made))
+            continue
+        end = made.frames[-1].astype(np.float64)
+        changed = any(map(len, changes(start.numbers, start.positions, end)))
+        rows = {
+            "geometries": {
+                "method": f"diffusion {model.name} n={n}",
+                "energy_eV": np.nan,
+                "initial_energy_eV": np.nan,
+                "n_steps": n,
+                "numbers": start.numbers,
+                "positions": end,
+            },
+            "paths": {
+                "model": model.name,
+                "model_digest": model.digest,
+                "n": n,
+                "protocol": protocol,
+                "changed_elements": made.changed_elements,
+                "connectivity_changed": changed,
+                "level": made.levels,
+                "numbers": start.numbers,
+                "positions": made.frames.reshape(-1, 3),
+            },
+        }
+        outcomes.append(_done(rows, 900 + made.frames.nbytes))
+    return outcomes
+
+
+def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
+    from kernels.calculators import ladder, make_calculator, program_version
+    from kernels.single_points import SinglePoints, single_points
+
+    assert payload.numbers is not None
+    assert payload.positions is not None
+    wanted = stage.settings
+    level, program = wanted["level"], wanted["program"]
+    electronic = {k: wanted[k] for k in ("electronic_temperature",) if k in wanted}
+    path = payload.positions[None] if payload.frames is None else payload.frames.astype(float)
+    frames = path[payload.first :]
+    line = frames[:0]
+    if wanted["line"] and len(frames) > 2:
+        weights = np.linspace(0.0, 1.0, len(frames))[1:-1, None, None]
+        line = frames[0] + weights * (frames[-1] - frames[0])
+    saved_as = Path(payload.checkpoint)
+    saved = time.monotonic()
+    kept = finished = False
+    state = None
+    try:
+        with np.load(saved_as) as arrays:
+            state = SinglePoints.from_arrays(dict(arrays))
+        kept = True
+    except FileNotFoundError:
+        pass
+
+    def make(**changes: Any) -> Any:
+        return make_calculator(
+            level,
+            program=program,
+            charge=payload.charge,
+            multiplicity=payload.multiplicity,
+            smiles=payload.smiles,
+            **{**electronic, **changes},
+        )
+
+    def on_frame(now: SinglePoints) -> bool:
+        nonlocal saved, kept, finished
+        finished = now.done == len(now.energies)
+        going_on = finished or not stop()
+        if not going_on or (not finished and time.monotonic() - saved > stage.checkpoint_every):
+            _save(saved_as, now.to_arrays())
+            saved = time.monotonic()
+            kept = True
+        return going_on
+
+    points = single_points(
+        payload.numbers,
+        np.concatenate([frames, line]),
+        make,
+        ladder(level, program),
+        state=state,
+        on_frame=on_frame,
+    )
+    if not finished:
+        return {"status": "open", "message": "", "ladder": points.ladder}
+    n, first = len(frames), payload.first
+    energies, fmax = np.full(len(path), np.nan), np.full(len(path), np.nan)
+    energies[first:], fmax[first:] = points.energies[:n], points.fmax[:n]
+    forces = np.full(path.shape, np.nan)
+    forces[first:] = points.forces[:n]
+    ends = points.energies[[0, n - 1]]
+    row = {
+        "level": level,
+        "program": f"{program} {program_version(program)}",
+        "n_atoms": len(payload.numbers),
+        "energy_eV": energies,
+        "fmax_eV_per_A": fmax,
+        "forces": forces.reshape(-1, 3) if wanted["save_forces"] else np.zeros((0, 3)),
+        "line_energy_eV": np.concatenate([ends[:1], points.energies[n:], ends[1:]])
+        if len(line)
+        else np.zeros(0),
+    }
+    outcome = _done({"single_points": row}, 400 + 24 * len(path), points.ladder)
+    if points.problems:
+        at, why = next(iter(points.problems.items()))
+        where = f"frame {at + first}" if at < n else f"point {at - n + 1} of the line"
+        outcome["message"] = f"{len(points.problems)} of {len(points.energies)} without energy"
+        outcome["message"] += f"; {where}: {why}"
+    if wanted["save_forces"]:
+        outcome["nbytes"] += forces.nbytes
+    return {**outcome, "checkpointed": kept}
+
+
 def _rehearse(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
     """Stand in for a kernel of known cost, and for the ways in which one can go wrong."""
     fault = stage.settings["faults"].get(payload.smiles, "")
@@ -224,5 +453,10 @@ _KERNELS: dict[str, Callable[[Call, Payload, Callable[[], bool]], dict[str, Any]
     "embed": _embed,
     "mmff": _mmff,
     "relax": _relax,
+    "single_points": _single_points,
     "rehearse": _rehearse,
+}
+
+_BATCHED: dict[str, Callable[[Call, Sequence[Payload]], list[dict[str, Any]]]] = {
+    "diffuse": _diffuse,
 }

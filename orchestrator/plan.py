@@ -42,7 +42,11 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage: the part of its tasks' keys that they share, and how they are run."""
+    """One stage: the part of its tasks' keys that they share, and how they are run.
+
+    ``model``: name or file of the diffusion model, whose digest stands in the settings; ``frames``:
+    geometries that one task makes or computes; ``along_path``: whether it starts from a path.
+    """
 
     index: int
     name: str
@@ -55,6 +59,10 @@ class StagePlan:
     pool: str
     time_limit: float
     memory_limit: int
+    words: str = ""
+    model: str = ""
+    frames: int = 1
+    along_path: bool = False
 
     def key(self, origin: bytes, conformer: int) -> bytes:
         """Return the 16-byte key of the task that starts from ``origin``.
@@ -68,9 +76,11 @@ class StagePlan:
         return hashlib.sha256(head).digest()[:16]
 
 
-def _stage_plan(campaign: Campaign, index: int, stage: Stage, parent: int) -> StagePlan:
+def _stage_plan(
+    campaign: Campaign, index: int, stage: Stage, parent: int, before: StagePlan | None
+) -> StagePlan:
     settings = stage.settings()
-    if stage.kernel == "embed":
+    if stage.kernel == "embed" or settings.get("protocol") == "published":
         settings = {**settings, "seed": campaign.seed}
     programs = stage.programs()
     determines = {
@@ -79,9 +89,13 @@ def _stage_plan(campaign: Campaign, index: int, stage: Stage, parent: int) -> St
         "settings": settings,
         "programs": programs,
     }
+    model = getattr(stage, "model", ("",))[0]
     label = f"{stage.kernel} {stage.kernel_version}"
     if programs:
         label += f" ({', '.join(f'{name} {version}' for name, version in programs.items())})"
+    elif model:
+        label += f" ({stage.words()})"
+    along_path = stage.kernel == "single_points" and before is not None and before.model != ""
     return StagePlan(
         index=index,
         name=stage.name,
@@ -94,6 +108,10 @@ def _stage_plan(campaign: Campaign, index: int, stage: Stage, parent: int) -> St
         pool=stage.pool,
         time_limit=stage.time_limit,
         memory_limit=stage.memory_limit,
+        words=stage.words(),
+        model=model,
+        frames=before.frames if along_path and before else getattr(stage, "n", (0,))[0] + 1,
+        along_path=along_path,
     )
 
 
@@ -117,7 +135,8 @@ class Plan:
         self.stages: list[StagePlan] = []
         for index, stage in enumerate(campaign.stages):
             parent = names[stage.from_] if stage.from_ is not None else -1
-            plan = _stage_plan(campaign, index, stage, parent)
+            before = self.stages[parent] if parent >= 0 else None
+            plan = _stage_plan(campaign, index, stage, parent, before)
             for other in self.stages:
                 if (other.digest, other.parent) == (plan.digest, plan.parent):
                     raise CampaignError(

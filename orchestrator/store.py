@@ -228,26 +228,29 @@ class Store:
         raise AssertionError("unreachable")
 
     def geometries(
-        self, keys: Sequence[bytes]
-    ) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-        """Return numbers (N,) and positions (N, 3) in Å that the given tasks ended with."""
+        self, keys: Sequence[bytes], tables: Sequence[str] = ("geometries", "relaxations")
+    ) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]]:
+        """Return numbers (N,) and positions (N, 3) in Å that the given tasks ended with.
+
+        From the table `paths` positions are those of all frames, (F N, 3).
+        """
         for _ in range(_READ_ATTEMPTS - 1):
             try:
-                return self._geometries(keys)
+                return self._geometries(keys, tables)
             except FileNotFoundError:
                 continue  # compacted away meanwhile
         try:
-            return self._geometries(keys)
+            return self._geometries(keys, tables)
         except FileNotFoundError as exc:
             raise _gone(exc) from exc
 
     def _geometries(
-        self, keys: Sequence[bytes]
-    ) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]]:
+        self, keys: Sequence[bytes], tables: Sequence[str]
+    ) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]]:
         wanted = key_array(keys)
-        found: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
+        found: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]] = {}
         by_words = {tuple(w): k for w, k in zip(wanted.tolist(), keys, strict=True)}
-        for table in ("geometries", "relaxations"):
+        for table in tables:
             if len(found) == len(by_words):
                 break
             snapshot = self.snapshot()
@@ -292,7 +295,7 @@ def pick_geometries(
     table: str,
     wanted: NDArray[np.uint64],
     by_words: dict[tuple[int, ...], bytes],
-    found: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]],
+    found: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]],
 ) -> None:
     """Add the wanted geometries that a file holds to ``found``."""
     keys = file.read(table, ["key"])["key"]

@@ -16,12 +16,15 @@ from orchestrator.plan import Item, Plan, Root, StagePlan, standing
 MAX_ITEMS = 2000
 FIRST_S = 1.0
 _MEASURED_ITEMS = 16
-# Growth of cost with the number of atoms, and a first guess in seconds at 20 atoms: measured
-# for RDKit and GFN2-xTB, replaced by what finished tasks say as soon as there are some.
+# Growth of cost with the number of atoms, and a first guess in seconds at 20 atoms (of each frame
+# of a path): measured for RDKit, GFN2-xTB and a network of 4 layers, replaced by what finished
+# tasks say as soon as there are some.
 _COST = {
     "embed": (2.6, 0.002),
     "mmff": (2.6, 0.003),
     "relax": (2.0, 0.2),
+    "diffuse": (2.0, 0.008),
+    "single_points": (2.0, 0.01),
     "rehearse": (0.0, 0.001),
 }
 
@@ -29,8 +32,9 @@ _COST = {
 class Estimate:
     """Seconds per item of one stage, learned from finished items."""
 
-    def __init__(self, kernel: str) -> None:
+    def __init__(self, kernel: str, frames: int = 1) -> None:
         power, guess = _COST.get(kernel, (2.0, 1.0))
+        guess *= frames
         self._power = power
         self._seconds = 0.0
         self._weight = 0.0

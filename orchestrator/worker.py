@@ -19,7 +19,7 @@ from orchestrator import child, shard
 from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
 from orchestrator.guard import Guard
-from orchestrator.kernel_calls import Call, Payload
+from orchestrator.kernel_calls import Call, Payload, batches
 from orchestrator.plan import NO_KEY, Item, StagePlan
 from orchestrator.schema import STATUSES
 
@@ -137,11 +137,15 @@ class _Control:
         return self._stop
 
 
-def _parents(bundle: Bundle) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]]:
-    """Return the geometry that each item starts from, by the parent's key."""
+_Found = dict[bytes, tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]]
+
+
+def _parents(bundle: Bundle, *, paths: bool = False) -> _Found:
+    """Return the geometry (or the path) that each item starts from, by the parent's key."""
     from orchestrator.store import Store, pick_geometries
 
-    found: dict[bytes, tuple[NDArray[np.uint8], NDArray[np.float64]]] = {}
+    tables = ("paths",) if paths else ("geometries", "relaxations")
+    found: _Found = {}
     by_hint: dict[str, list[bytes]] = {}
     for item in bundle.items:
         if item.hint:
@@ -151,29 +155,34 @@ def _parents(bundle: Bundle) -> dict[bytes, tuple[NDArray[np.uint8], NDArray[np.
         by_words = {tuple(w): k for w, k in zip(wanted.tolist(), keys, strict=True)}
         try:
             with shard.open_shard(Path(hint)) as file:
-                for table in ("geometries", "relaxations"):
+                for table in tables:
                     if file.n_rows(table):
                         pick_geometries(file, table, wanted, by_words, found)
         except (FileNotFoundError, CorruptShardError, StoreVersionError):
             continue  # compacted or damaged meanwhile: the store is asked below
     missing = [item.parent_key for item in bundle.items if item.parent_key not in found]
     if missing:
-        found.update(Store(bundle.store).geometries(missing))
+        found.update(Store(bundle.store).geometries(missing, tables))
     return found
 
 
 def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
     """Return the runnable items' positions in the bundle, and what to run."""
     needs_geometry = bundle.stage.kernel not in ("embed", "rehearse")
-    parents = _parents(bundle) if needs_geometry else {}
+    along_path = bundle.stage.along_path
+    parents = _parents(bundle, paths=along_path) if needs_geometry else {}
     where: list[int] = []
     payloads: list[Payload] = []
     store = Path(bundle.store)
-    long = bundle.stage.kernel == "relax"
+    long = bundle.stage.kernel in ("relax", "single_points")
     for i, item in enumerate(bundle.items):
         numbers, positions = parents.get(item.parent_key, (None, None))
         if needs_geometry and positions is None:
             continue
+        frames = None
+        if along_path and numbers is not None and positions is not None:
+            frames = positions.reshape(-1, len(numbers), 3).astype(np.float32)
+            positions = frames[-1]
         where.append(i)
         payloads.append(
             Payload(
@@ -183,8 +192,9 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
                 int.from_bytes(item.key[:8], "big"),
                 item.conformer,
                 numbers,
-                positions,
+                None if positions is None else positions.astype(np.float64),
                 str(checkpoint_path(store, item.key)) if long else "",
+                frames,
             )
         )
     return where, payloads
@@ -241,6 +251,8 @@ class _Batch:
             )
             if table == "relaxations":
                 row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
+            elif table == "single_points":
+                row.update(cpu_s=outcome["cpu_s"])
             self.records.setdefault(table, []).append(row)
         self.nbytes += outcome.get("nbytes", 300)
         # A time limit may be raised, so that state is kept; these would fail again from it.
@@ -318,9 +330,19 @@ def _outcomes(
     on_wait: Callable[[], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     stage = bundle.stage
+    common = Call(
+        stage.kernel,
+        stage.settings,
+        bundle.checkpoint_every,
+        stage.model,
+        # Many workers of an ordinary pool would share, and fill, a GPU that their node has.
+        gpu=stage.pool != "cpu",
+        memory_limit=stage.memory_limit,
+    )
     return guard.run(
-        Call(stage.kernel, stage.settings, bundle.checkpoint_every),
+        common,
         payloads,
+        batches=batches(common, payloads),
         time_limit=stage.time_limit,
         memory_limit=stage.memory_limit,
         crash_limit=bundle.crash_limit,

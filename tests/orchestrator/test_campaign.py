@@ -163,7 +163,7 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
         (HEAD + EMBED + '[[stages]]\nkernel = "rlax"\n', [":7:", '"rlax"', '"relax"']),
         (
             HEAD + '[[stages]]\nname = "q"\n',
-            ["kernel is missing", '"embed", "mmff", "relax" or "rehearse"'],
+            ["kernel is missing", '"embed", "mmff", "relax", ', ' or "rehearse"'],
         ),
         (HEAD + '[stages]\nkernel = "embed"\n', [":4:", "[[stages]]"]),
         (HEAD + '[[stage]]\nkernel = "embed"\n', [":4:", "[[stages]]"]),
