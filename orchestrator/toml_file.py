@@ -392,7 +392,8 @@ def _what_is_wrong(
     if kind == "string_too_long":
         return f"is longer than {context['max_length']} characters"
     if kind == "too_short":
-        return 'is empty; write for example ["first.smi", "second.smi"]'
+        example = info.examples[0] if info is not None and info.examples else ""
+        return f"is empty; write for example {example}"
     if kind == "string_too_short":
         return "is empty; write a text between the quotes"
     return _WRONG_TYPE.get(kind, "cannot be used here")

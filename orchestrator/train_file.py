@@ -62,6 +62,7 @@ class DataTable(Table):
     source: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         strict=False,
         min_length=1,
+        examples=['["my.basin"]'],
         description="Basin stores (their relaxations), or files or glob patterns of .npz, .sdf, "
         ".xyz, .extxyz; relative to the training file. A molecule's part follows from the last "
         "number n in its name: n % 10 = 0 is validation, 1 is test and never used, the rest "
