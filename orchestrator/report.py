@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.units import EV_TO_KCAL
+from orchestrator import report_diffusion
 from orchestrator.columns import Category, Rows, Varlen, key_bytes
 from orchestrator.counts import StageCounts
+from orchestrator.drawing import (
+    COLOURS,
+    DASHED,
+    INK,
+    Picture,
+    count,
+    data_uri,
+    new_figure,
+    number,
+    plural,
+    seconds,
+    style,
+    svg,
+)
+from orchestrator.report_diffusion import Diffusion
 from orchestrator.shard import write_whole
 from orchestrator.store import Snapshot, Store
 from orchestrator.tables import Lookup
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -33,8 +44,6 @@ _CARDS = 4
 _DRAWN = 4000
 _PAUSE_S = 60.0
 _BINS = 200
-_COLOURS = ("#2f6690", "#d9812e", "#5b8e7d", "#8d6a9f")
-_INK, _FAINT = "#1f2a33", "#8a96a3"
 
 _TASKS = (
     "key", "mol_key", "stage", "kernel", "status", "message", "attempts", "source", "line",
@@ -55,6 +64,7 @@ class _Facts:
     """The columns that the report is made of; ``gain`` (R,) is in kcal/mol."""
 
     store: Store
+    diffusion: Diffusion
     tasks: Rows
     relaxations: Rows
     geometries: Rows
@@ -84,13 +94,22 @@ class _Facts:
         there = _occurring(self.relaxations["stage"])
         return [s for s in order if s in there] + [s for s in there if s not in order]
 
+    def main_stage(self) -> str:
+        """Return the relaxation to speak of: the last one, or what diffusion is measured by."""
+        comparison = self.diffusion.comparison
+        if comparison is not None and comparison.best() is not None:
+            return comparison.baseline
+        return self.relax_stages()[-1]
 
-def _gather(store: Store) -> _Facts:
+
+def _gather(store: Store, order: Sequence[str] = ()) -> _Facts:
+    diffusion = report_diffusion.gather(store, order)
     for attempt in range(_ATTEMPTS):
         try:
             snapshot: Snapshot = store.snapshot()
             return _Facts(
                 store,
+                diffusion,
                 snapshot.read("tasks", _TASKS),
                 snapshot.read("relaxations", _RELAXATIONS),
                 snapshot.read("geometries", ["stage", "method", "n_steps"]),
@@ -141,29 +160,6 @@ def _derived_counts(facts: _Facts) -> list[StageCounts]:
     return counts
 
 
-def _number(value: float, digits: int = 1) -> str:
-    """Return a number with a thousands separator (a thin space) and a true minus sign."""
-    return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\u2212")
-
-
-def _count(n: int) -> str:
-    return _number(n, 0)
-
-
-def _plural(n: int, one: str, many: str = "") -> str:
-    return f"{_count(n)} {one if n == 1 else many or one + 's'}"
-
-
-def _seconds(value: float) -> str:
-    if value < 0.0995:
-        return f"{_number(1000 * value)} ms"
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if value < limit:
-            digits = 2 if value / size < 10 else 1
-            return f"{_number(value / size, digits)} {unit}"
-    return f"{_number(value / 86400)} d"
-
-
 def _failure_classes(facts: _Facts) -> list[tuple[str, str, int]]:
     """Return (stage, class, how many) of the failures, the most frequent first."""
     stage, status = facts.tasks["stage"], facts.tasks["status"]
@@ -186,33 +182,37 @@ def _failures_clause(facts: _Facts) -> str:
             classes[status] = classes.get(status, 0) + n
     parts = []
     if unread:
-        entries = _plural(unread, "entry", "entries")
+        entries = plural(unread, "entry", "entries")
         parts.append(f"{entries} of the molecule files could not be read")
     if classes:
-        listed = ", ".join(f"{_count(n)} {status}" for status, n in classes.items())
-        parts.append(f"{_plural(sum(classes.values()), 'task')} failed ({listed})")
+        listed = ", ".join(f"{count(n)} {status}" for status, n in classes.items())
+        parts.append(f"{plural(sum(classes.values()), 'task')} failed ({listed})")
     return " and ".join(parts) or "nothing failed"
 
 
 def _findings(facts: _Facts) -> list[str]:
+    return _about_relaxations(facts) + report_diffusion.sentences(facts.diffusion)
+
+
+def _about_relaxations(facts: _Facts) -> list[str]:
     n_molecules = len(facts.molecules.rows)
     failures = _failures_clause(facts)
     stages = facts.relax_stages()
     if not stages:
         if not len(facts.tasks):
             return ["No task has finished yet."]
-        made = _plural(len(facts.geometries), "geometry", "geometries")
+        made = plural(len(facts.geometries), "geometry", "geometries")
         return [
-            f"No relaxation has finished yet: there are {_plural(n_molecules, 'molecule')} and "
+            f"No relaxation has finished yet: there are {plural(n_molecules, 'molecule')} and "
             f"{made}; {failures}."
         ]
-    stage = stages[-1]
+    stage = facts.main_stage()
     mine = np.flatnonzero(facts.relaxations["stage"].equals(stage))
     rows = facts.relaxations.take(mine)
     level = " and ".join(_occurring(rows["level"]))
     relaxed = len(np.unique(rows["mol_key"], axis=0))
     sentences = [
-        f"{_count(relaxed)} of {_plural(n_molecules, 'molecule')} "
+        f"{count(relaxed)} of {plural(n_molecules, 'molecule')} "
         f"{'has' if relaxed == 1 else 'have'} a relaxed {level} geometry; {failures}."
     ]
     gain = facts.gain[mine]
@@ -221,27 +221,27 @@ def _findings(facts: _Facts) -> list[str]:
         low, median, high = np.percentile(gain[good], [25, 50, 75])
         best = int(good[np.argmax(gain[good])])
         name = facts.name(int(facts.owner[mine[best]]))
-        most = f"; most for {name} ({_number(gain[best])})" if name else ""
+        most = f"; most for {name} ({number(gain[best])})" if name else ""
         sentences.append(
-            f"Relaxing lowers the energy by {_number(median)} kcal/mol in the median "
-            f"(middle half {_number(low)} to {_number(high)}){most}."
+            f"Relaxing lowers the energy by {number(median)} kcal/mol in the median "
+            f"(middle half {number(low)} to {number(high)}){most}."
         )
     changed = int((rows["connectivity_changed"] != 0).sum())
     bonds = (
-        f"bonds changed in {_count(changed)} of {_plural(len(rows), 'relaxation')}"
+        f"bonds changed in {count(changed)} of {plural(len(rows), 'relaxation')}"
         if changed
         else "no bond changed"
     )
-    steps = _plural(int(np.median(rows["n_steps"])), "optimiser step")
+    steps = plural(int(np.median(rows["n_steps"])), "optimiser step")
     sentences.append(
-        f"A relaxation takes {steps} and {_seconds(float(np.median(rows['cpu_s'])))} of CPU time "
+        f"A relaxation takes {steps} and {seconds(float(np.median(rows['cpu_s'])))} of CPU time "
         f"in the median; {bonds}."
     )
     return sentences
 
 
 def findings(store: Store) -> list[str]:
-    """Return up to three sentences about what the campaign found so far."""
+    """Return a few sentences about what the campaign found so far."""
     return _findings(_gather(store))
 
 
@@ -319,12 +319,12 @@ def _stage_times(facts: _Facts) -> list[dict[str, str]]:
         lines.append(
             {
                 "stage": name,
-                "tasks": _count(int(here.sum())),
-                "cpu": _seconds(float(cpu.sum())),
-                "median": _seconds(float(np.median(cpu))),
-                "p95": _seconds(float(np.percentile(cpu, 95))),
+                "tasks": count(int(here.sum())),
+                "cpu": seconds(float(cpu.sum())),
+                "median": seconds(float(np.median(cpu))),
+                "p95": seconds(float(np.percentile(cpu, 95))),
                 "share": f"{100 * cpu.sum() / wall.sum():.0f} %" if wall.sum() > 0 else "",
-                "retried": _count(int((tasks["attempts"][here] > 1).sum())),
+                "retried": count(int((tasks["attempts"][here] > 1).sum())),
                 "first": _utc(float(started.min())),
                 "last": _utc(float((started + wall).max())),
             }
@@ -337,48 +337,6 @@ def _utc(seconds: float) -> str:
 
 
 # --- figures ----------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_INK, length=3, color=_FAINT)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#e6eaee", linewidth=0.8)
-    return figure, axes
-
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "basin",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "axes.unicode_minus": True,
-}
-
-
-def _uri(data: bytes, kind: str = "image/svg+xml") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _svg(figure: Figure) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None}, dpi=150, transparent=True)
-    return _uri(out.getvalue())
-
-
-@dataclass(frozen=True, slots=True)
-class _Picture:
-    source: str
-    caption: str
-    alt: str
 
 
 def _bins(values: Floats) -> tuple[Floats, int]:
@@ -405,14 +363,14 @@ def _step_bins(values: Floats) -> tuple[Floats, int]:
 
 def _histogram(
     series: dict[str, Floats], label: str, title: str, *, whole: bool = False
-) -> _Picture | None:
+) -> Picture | None:
     every = [values for values in series.values() if len(values)]
     if not every:
         return None
     joined = np.concatenate(every)
     edges, outside = (_step_bins if whole else _bins)(joined)
-    figure, axes = _figure(4.6, 2.8)
-    for colour, (name, values) in zip(_COLOURS * 9, series.items(), strict=False):
+    figure, axes = new_figure(4.6, 2.8)
+    for colour, (name, values) in zip(COLOURS * 9, series.items(), strict=False):
         counts, _ = np.histogram(values, edges)
         if len(series) == 1:
             axes.bar(
@@ -420,9 +378,9 @@ def _histogram(
                 linewidth=0.6,
             )  # fmt: skip
             median = float(np.median(values))
-            axes.axvline(median, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
+            axes.axvline(median, color=INK, linewidth=1.0, linestyle=DASHED)
             axes.annotate(
-                f"median {_number(median, 0 if whole else 1 if median >= 1 else 2)}", (median, 1.0),
+                f"median {number(median, 0 if whole else 1 if median >= 1 else 2)}", (median, 1.0),
                 xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
                 va="top", fontsize=8.5,
             )  # fmt: skip
@@ -435,23 +393,23 @@ def _histogram(
     axes.set_ylabel("relaxations")
     axes.set_ylim(top=1.14 * axes.get_ylim()[1])
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=5)
-    axes.yaxis.set_major_formatter(lambda value, _: _count(int(value)))
-    caption = f"{title}, {_plural(len(joined), 'relaxation')}."
+    axes.yaxis.set_major_formatter(lambda value, _: count(int(value)))
+    caption = f"{title}, {plural(len(joined), 'relaxation')}."
     if outside:
-        caption += f" {_count(outside)} beyond the axis not drawn."
-    return _Picture(_svg(figure), caption, title)
+        caption += f" {count(outside)} beyond the axis not drawn."
+    return Picture(svg(figure), caption, title)
 
 
-def _cost_figure(facts: _Facts, stages: Sequence[str]) -> _Picture | None:
+def _cost_figure(facts: _Facts, stages: Sequence[str]) -> Picture | None:
     rows = facts.relaxations
     atoms = rows["n_atoms"].astype(float)
     usable = np.isfinite(rows["cpu_s"]) & (rows["cpu_s"] > 0)
     if not usable.any():
         return None
-    figure, axes = _figure(4.6, 2.8)
+    figure, axes = new_figure(4.6, 2.8)
     rng = np.random.default_rng(0)
     total = drawn = 0
-    for colour, stage in zip(_COLOURS * 9, stages, strict=False):
+    for colour, stage in zip(COLOURS * 9, stages, strict=False):
         mine = np.flatnonzero(rows["stage"].equals(stage) & usable)
         if not len(mine):
             continue
@@ -485,11 +443,11 @@ def _cost_figure(facts: _Facts, stages: Sequence[str]) -> _Picture | None:
             handle.set_alpha(1.0)
     caption = "Cost against size: one dot a relaxation, the line is a running median."
     if drawn < total:
-        caption += f" {_count(drawn)} dots drawn at random of {_count(total)}."
-    return _Picture(_svg(figure), caption, "CPU time against number of atoms")
+        caption += f" {count(drawn)} dots drawn at random of {count(total)}."
+    return Picture(svg(figure), caption, "CPU time against number of atoms")
 
 
-def _busy_figure(busy: Activity) -> _Picture | None:
+def _busy_figure(busy: Activity) -> Picture | None:
     if busy.span <= 0:
         return None
     unit, size = next(
@@ -500,11 +458,11 @@ def _busy_figure(busy: Activity) -> _Picture | None:
         ),
         ("h", 3600.0),
     )
-    figure, axes = _figure(9.4, 2.3)
-    axes.stairs(busy.busy, busy.edges / size, fill=True, color=_COLOURS[0], alpha=0.75)
-    axes.axhline(busy.workers, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
+    figure, axes = new_figure(9.4, 2.3)
+    axes.stairs(busy.busy, busy.edges / size, fill=True, color=COLOURS[0], alpha=0.75)
+    axes.axhline(busy.workers, color=INK, linewidth=1.0, linestyle=DASHED)
     axes.annotate(
-        _plural(busy.workers, "worker"), (1.0, busy.workers), xycoords=("axes fraction", "data"),
+        plural(busy.workers, "worker"), (1.0, busy.workers), xycoords=("axes fraction", "data"),
         xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=8.5,
     )  # fmt: skip
     axes.set_ylim(0, 1.22 * max(float(busy.busy.max()), busy.workers))
@@ -514,8 +472,8 @@ def _busy_figure(busy: Activity) -> _Picture | None:
     axes.yaxis.get_major_locator().set_params(integer=True, nbins=5)
     caption = "Tasks at work over time."
     if busy.pauses:
-        caption += f" {_plural(busy.pauses, 'pause')} of more than a minute cut out."
-    return _Picture(_svg(figure), caption, "Tasks at work over time")
+        caption += f" {plural(busy.pauses, 'pause')} of more than a minute cut out."
+    return Picture(svg(figure), caption, "Tasks at work over time")
 
 
 # --- molecules --------------------------------------------------------------------------------
@@ -543,7 +501,7 @@ def _drawing(smiles: str) -> str:
         except (RuntimeError, ValueError):
             return ""
     canvas.FinishDrawing()
-    return _uri(canvas.GetDrawingText().encode())
+    return data_uri(canvas.GetDrawingText().encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,25 +541,26 @@ def _galleries(facts: _Facts) -> list[tuple[str, str, list[_Card]]]:
     rows, gain = facts.relaxations, facts.gain
     stages = facts.relax_stages()
     if stages:
-        mine = np.flatnonzero(rows["stage"].equals(stages[-1]))
+        main = facts.main_stage()
+        mine = np.flatnonzero(rows["stage"].equals(main))
         finite = mine[np.isfinite(gain[mine])]
         falling = finite[np.argsort(-gain[finite], kind="stable")]
         longest = mine[np.argsort(-rows["n_steps"][mine], kind="stable")]
         changed = falling[rows["connectivity_changed"][falling] != 0]
 
         def card(row: int, steps_first: bool = False) -> _Card:
-            energy = f"{_number(gain[row])} kcal/mol" if np.isfinite(gain[row]) else ""
-            steps = _plural(int(rows["n_steps"][row]), "step")
+            energy = f"{number(gain[row])} kcal/mol" if np.isfinite(gain[row]) else ""
+            steps = plural(int(rows["n_steps"][row]), "step")
             value, detail = (steps, energy) if steps_first else (energy, steps)
             return _card(facts, int(facts.owner[row]), value, detail)
 
-        where = f"stage {stages[-1]}"
+        where = f"stage {main}"
         for title, about, order, steps_first in (
             ("Largest energy gain", f"Furthest downhill in {where}.", falling, False),
             ("Most steps", f"The slowest to settle in {where}.", longest, True),
             (
                 "Bonds changed",
-                f"{_plural(len(changed), 'relaxation')} of {where} ended with other bonds than "
+                f"{plural(len(changed), 'relaxation')} of {where} ended with other bonds than "
                 "they began with; drawn is the molecule that was asked for.",
                 changed,
                 False,
@@ -625,7 +584,7 @@ def _galleries(facts: _Facts) -> list[tuple[str, str, list[_Card]]]:
             )
             for row in chosen
         ]  # fmt: skip
-        about = f"{_plural(len(np.unique(owner[failed])), 'molecule')} failed at some stage."
+        about = f"{plural(len(np.unique(owner[failed])), 'molecule')} failed at some stage."
         galleries.append(("Failed", about, cards))
     return galleries
 
@@ -691,10 +650,10 @@ def _levels(facts: _Facts) -> list[list[str]]:
         lines.append(
             [
                 *words,
-                _count(len(part)),
-                _count(int(np.median(rows["n_steps"][part]))),
-                _number(float(np.median(gain))) if len(gain) else "",
-                _seconds(float(np.median(rows["cpu_s"][part]))),
+                count(len(part)),
+                count(int(np.median(rows["n_steps"][part]))),
+                number(float(np.median(gain))) if len(gain) else "",
+                seconds(float(np.median(rows["cpu_s"][part]))),
             ]
         )
     order = facts.relax_stages()
@@ -703,7 +662,7 @@ def _levels(facts: _Facts) -> list[list[str]]:
 
 def _methods(facts: _Facts) -> list[list[str]]:
     return [
-        [*words, _count(len(part)), _count(int(np.median(facts.geometries["n_steps"][part])))]
+        [*words, count(len(part)), count(int(np.median(facts.geometries["n_steps"][part])))]
         for words, part in _groups(facts.geometries, ("stage", "method"))
     ]
 
@@ -718,7 +677,6 @@ def _kernels(facts: _Facts) -> list[list[str]]:
 
 
 def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, Any]:
-    import matplotlib as mpl
 
     rows, gain = facts.relaxations, facts.gain
     stages = facts.relax_stages()
@@ -730,7 +688,7 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
     tasks = facts.tasks
     run = np.flatnonzero(~tasks["stage"].equals(_READING) & (tasks["wall_s"] > 0))
     busy = activity(tasks["started_s"][run], tasks["wall_s"][run], tasks["cpu_s"][run])
-    with mpl.rc_context(_STYLE):
+    with style():
         per_atom = usable & (heavy > 0)
         energy = [
             _histogram(
@@ -757,6 +715,7 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
             _cost_figure(facts, stages),
         ]
         timeline = _busy_figure(busy)
+        diffused = report_diffusion.section(facts.diffusion)
     failed = int((~tasks["status"].equals("ok")).sum())
     return {
         "name": facts.store.name,
@@ -764,6 +723,7 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
         "path": str(facts.store.path),
         "written": _utc(time.time()),
         "findings": _findings(facts),
+        "diffusion": diffused,
         "planned_known": counts is not None,
         "counts": list(counts) if counts is not None else _derived_counts(facts),
         "energy": [picture for picture in energy if picture],
@@ -771,9 +731,9 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
         "timeline": timeline,
         "busy": busy,
         "busy_text": {
-            "cpu": _seconds(busy.cpu),
-            "span": _seconds(busy.span),
-            "workers": _plural(busy.workers, "worker"),
+            "cpu": seconds(busy.cpu),
+            "span": seconds(busy.span),
+            "workers": plural(busy.workers, "worker"),
         },
         "stage_times": _stage_times(facts),
         "galleries": _galleries(facts),
@@ -784,8 +744,7 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
         "methods": _methods(facts),
         "kernels": _kernels(facts),
         "problems": facts.problems,
-        "count": _count,
-        "last_stage": stages[-1] if stages else "",
+        "count": count,
     }
 
 
@@ -807,7 +766,7 @@ def write_report(
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.jinja")
-    html = page.render(_context(_gather(store), counts))
+    html = page.render(_context(_gather(store, [row.stage for row in counts or ()]), counts))
     target = Path(target).absolute()
     write_whole(target, html.encode("utf-8", "replace"))
     return target

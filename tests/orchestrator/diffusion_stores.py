@@ -10,7 +10,7 @@ import numpy as np
 from kernels.units import KCAL_TO_EV
 from orchestrator.compact import compact
 from orchestrator.store import Store
-from tests.orchestrator.store_fixtures import STARTED, Records, key, new_store
+from tests.orchestrator.store_fixtures import NO_KEY, STARTED, Records, key, new_store
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -21,7 +21,7 @@ class Study:
     def __init__(self) -> None:
         self.records = Records()
         self._clock = STARTED
-        for table in ("paths", "single_points"):
+        for table in ("paths", "single_points", "generations"):
             self.records.tables[table] = []
 
     def molecule(
@@ -63,13 +63,13 @@ class Study:
     ) -> bytes:
         """Add a diffusion path from the geometry the baseline started from; return its key.
 
-        ``frames`` (F, N, 3) in Å; by default a straight line that moves every atom by 0.1 Å.
+        ``frames`` (F, N, 3) in Å; by default the molecule swells by 2 %.
         """
         stage = stage or f"diffused-{n}"
         about = self.row("relaxations", baseline)
         start = self.row("geometries", about["parent_key"])["positions"]
         if frames is None:
-            frames = start + np.linspace(0, 0.1, n + 1)[:, None, None]
+            frames = start * np.linspace(1.0, 1.02, n + 1)[:, None, None]
         mine = key(stage, model, n, baseline)
         common = {
             "key": mine,
@@ -169,11 +169,74 @@ class Study:
                 "fmax_eV_per_A": np.full(len(above), 0.5),
                 "forces": np.zeros((0, 3)) if forces is None else forces.reshape(-1, 3),
                 "line_energy_eV": [],
-                "line_energy_eV": [],
                 "cpu_s": 0.1,
             }
         )
         self._task(stage, mine, common, "single_points 1", 0.1)
+
+    def generation(
+        self,
+        name: str,
+        *,
+        steps: int = 100,
+        settled: int = 50,
+        energies: Sequence[float] | None = None,
+        line: Sequence[float] = (),
+        stage: str = "generated",
+        smiles: str = "CCO",
+    ) -> bytes:
+        """Add a molecule made from noise whose elements are final from ``settled`` on.
+
+        ``energies``, one a frame from ``settled`` down to 0, and ``line`` are in kcal/mol above
+        the last frame.
+        """
+        mol_key, mol = self.records.molecule(name, smiles)
+        mine = key(stage, name)
+        levels = np.arange(steps, -1, -1)
+        final = levels <= settled
+        self.records.tables["generations"].append(
+            {
+                "key": mine,
+                "mol_key": mol_key,
+                "stage": stage,
+                "model": "qm9-gfn2",
+                "n_atoms": mol.GetNumAtoms(),
+                "level": levels,
+                "step_length_A": np.where(levels == steps, 0.0, 0.001 * levels + 0.001),
+                "bond_deviation_A": 0.01 * levels,
+                "elements_final": np.where(final, 1.0, 0.5),
+                "all_elements_final": final,
+                "bonds_final": np.where(levels <= settled / 2, 1.0, 0.4),
+                "all_bonds_final": levels <= settled / 2,
+                "valid_bonds": np.where(final, 1.0, 0.3),
+            }
+        )
+        common = {"mol_key": mol_key, "parent_key": NO_KEY}
+        self._task(stage, mine, common, "generate 1", 5.0)
+        if energies is not None:
+            known = np.full(len(levels), np.nan)
+            known[final] = -100.0 + np.array(energies) * KCAL_TO_EV
+            points = key("points", mine)
+            self.records.tables["single_points"].append(
+                {
+                    "key": points,
+                    "mol_key": mol_key,
+                    "parent_key": mine,
+                    "stage": "points",
+                    "conformer": 0,
+                    "level": "GFN2-xTB",
+                    "program": "tblite 0.8.0",
+                    "n_atoms": mol.GetNumAtoms(),
+                    "energy_eV": known,
+                    "fmax_eV_per_A": np.where(final, 1.0, np.nan),
+                    "forces": np.zeros((0, 3)),
+                    "line_energy_eV": -100.0 + np.array(line) * KCAL_TO_EV,
+                    "cpu_s": 0.5,
+                }
+            )
+            parent = common | {"parent_key": mine}
+            self._task("points", points, parent, "single_points 1", 0.5)
+        return mine
 
     def store(self, path: Any, *, compacted: bool = True) -> Store:
         """Seal everything into a new store."""
