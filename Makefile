@@ -36,7 +36,7 @@ lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## Measure speed and size; prints tables (about 15 minutes).
+bench: $(VENV)/.installed-dev  ## Measure speed and size; prints tables (about 20 minutes).
 	$(BIN)/python -m benchmarks.all
 
 clean:  ## Remove the environment and the quickstart's results.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-MODULES = ("startup", "guard", "query", "relaxation", "driver", "efficiency")
+MODULES = ("startup", "guard", "query", "relaxation", "diffusion", "driver", "efficiency")
 
 
 def main() -> None:
