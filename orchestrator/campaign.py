@@ -8,10 +8,8 @@ or raises one `CampaignError` that lists every problem with its line, field, val
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +20,6 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, Union, get_args, g
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -36,16 +33,28 @@ from kernels.errors import KernelError
 from orchestrator.errors import CampaignError
 from orchestrator.molecules import FORMATS, GEOMETRY_FORMATS, expand, file_format, match_files
 from orchestrator.quantities import (
-    MEMORY,
-    TIME,
     Bytes,
     Dimension,
     Force,
     Length,
     Seconds,
     Temperature,
-    format_bytes,
-    format_seconds,
+)
+from orchestrator.toml_file import (
+    NAME_PATTERN,
+    Location,
+    Problems,
+    Table,
+    choose,
+    default,
+    dimension_of,
+    either,
+    in_units,
+    key_of,
+    keys_of,
+    parse,
+    read,
+    show,
 )
 
 Setting: TypeAlias = str | int | float | bool | dict[str, str]
@@ -53,8 +62,7 @@ Setting: TypeAlias = str | int | float | bool | dict[str, str]
 # Stands for the program not written in the file until the level is known.
 _FIRST_PROGRAM: Final = "\0"
 
-_NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-_Name: TypeAlias = Annotated[str, Field(pattern=rf"^{_NAME_PATTERN}$", max_length=100)]
+_Name: TypeAlias = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$", max_length=100)]
 
 
 def _as_tuple(value: object) -> object:
@@ -68,19 +76,7 @@ _Models: TypeAlias = Annotated[
 _Counts: TypeAlias = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple)]
 
 
-def _default(text: str) -> dict[str, Any]:
-    """Marks a default that is worked out while loading, with the words the field table shows."""
-    return {"default": text}
-
-
-class _Table(BaseModel):
-    # Strict, because a quoted "500" or a true where a number belongs is a slip worth reporting.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class MoleculeSource(_Table):
+class MoleculeSource(Table):
     """`[molecules]`: the files to read, and how."""
 
     files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
@@ -110,33 +106,33 @@ class MoleculeSource(_Table):
         default=None,
         ge=1,
         le=20,
-        json_schema_extra=_default("the lowest possible: 1 or 2"),
+        json_schema_extra=default("the lowest possible: 1 or 2"),
         description="Spin multiplicity 2S+1 of .xyz frames whose comment line has no multiplicity=",
     )
     split: Literal["training", "validation", "test"] | None = Field(
         default=None,
-        json_schema_extra=_default("all"),
+        json_schema_extra=default("all"),
         description="Read only this part of a data set: by the last whole number n in the name, "
         "n % 10 = 0 is validation, 1 is test, the rest training",
     )
     limit: int | None = Field(
         default=None,
         ge=1,
-        json_schema_extra=_default("all"),
+        json_schema_extra=default("all"),
         description="Read only the first so many entries, bad ones included",
     )
 
 
-class _StageBase(_Table):
+class _StageBase(Table):
     name: _Name = Field(
-        json_schema_extra=_default("the kernel's name"),
+        json_schema_extra=default("the kernel's name"),
         description="Name of the stage in tables and in `from`; unique in the file",
     )
     kernel: str = Field(description="What the stage computes")
     from_: str | None = Field(
         default=None,
         alias="from",
-        json_schema_extra=_default("the last stage before that makes geometries"),
+        json_schema_extra=default("the last stage before that makes geometries"),
         description="Name of an earlier stage whose geometries this one starts from; the first "
         "stage starts from the files, an embed stage from the molecular graph",
     )
@@ -149,7 +145,7 @@ class _StageBase(_Table):
     memory_limit: Bytes = Field(
         default=2_000_000_000,
         ge=100_000_000,
-        json_schema_extra=_default("2 GB; 4 GB where a diffusion model is at work"),
+        json_schema_extra=default("2 GB; 4 GB where a diffusion model is at work"),
         description="Memory that one item may use before it is stopped and recorded",
     )
 
@@ -249,7 +245,7 @@ class _LevelStage(_StageBase):
     level: str = Field(default="GFN2-xTB", description="Level of theory")
     program: str = Field(
         default=_FIRST_PROGRAM,
-        json_schema_extra=_default("the level's first: tblite for GFN2-xTB"),
+        json_schema_extra=default("the level's first: tblite for GFN2-xTB"),
         description="Program that computes the level; never mixed inside a study, since programs "
         "differ in the last digits",
     )
@@ -267,7 +263,7 @@ class _LevelStage(_StageBase):
     @classmethod
     def _known_level(cls, level: str) -> str:
         if level not in calculators.levels():
-            raise ValueError(f"is not a level of theory; {_choose(level, calculators.levels())}")
+            raise ValueError(f"is not a level of theory; {choose(level, calculators.levels())}")
         return level
 
     @field_validator("program", mode="before")
@@ -278,7 +274,7 @@ class _LevelStage(_StageBase):
             return programs[0]
         if isinstance(program, str) and programs and program not in programs:
             level = info.data["level"]
-            raise ValueError(f"does not compute {level}; {_choose(program, programs)}")
+            raise ValueError(f"does not compute {level}; {choose(program, programs)}")
         return program
 
     def settings(self) -> dict[str, Setting]:
@@ -461,7 +457,7 @@ class RehearseStage(_StageBase):
     busy: bool = Field(default=False, description="Compute for that time, instead of sleeping")
     faults: dict[str, Literal["segfault", "exit", "hang", "memory", "error"]] = Field(
         default={},
-        json_schema_extra=_default("{}"),
+        json_schema_extra=default("{}"),
         description="What goes wrong with which molecule, by canonical SMILES",
     )
 
@@ -498,7 +494,7 @@ _NEED_GEOMETRIES: Final = frozenset({"mmff", "relax", "diffuse", "single_points"
 _LEVELS_WITHOUT_SCF: Final = frozenset({"MMFF94"})
 
 
-class RunSettings(_Table):
+class RunSettings(Table):
     """`[run]`: how the work is moved about; nothing here changes a result or its key."""
 
     bundle_time: Seconds = Field(
@@ -516,12 +512,12 @@ class RunSettings(_Table):
     )
 
 
-class Campaign(_Table):
+class Campaign(Table):
     """One campaign file, read and checked."""
 
     name: _Name = Field(description="Name of the campaign")
     store: Path = Field(
-        json_schema_extra=_default("<name>.basin beside the campaign file"),
+        json_schema_extra=default("<name>.basin beside the campaign file"),
         description="Folder of the results, relative to the campaign file; ~ and $VARIABLES are "
         "expanded",
     )
@@ -544,7 +540,7 @@ class Campaign(_Table):
             if stage.name == name:
                 return stage
         names = [stage.name for stage in self.stages]
-        raise CampaignError(f'{self.path}: there is no stage "{name}"; {_choose(name, names)}')
+        raise CampaignError(f'{self.path}: there is no stage "{name}"; {choose(name, names)}')
 
 
 def load_campaign(path: Path, *, with_models: bool = True) -> Campaign:
@@ -556,9 +552,9 @@ def load_campaign(path: Path, *, with_models: bool = True) -> Campaign:
     wrong and what to write.
     """
     path = Path(path)
-    text = _read(path)
-    raw = _parse_toml(text, path)
-    problems = _Problems(path, _line_numbers(text), raw)
+    text = read(path, "a campaign file")
+    raw = parse(text, path)
+    problems = _Problems(path, text, raw, Campaign, _TABLES, _remedies())
     filled = _fill_in(raw, path, problems)
     campaign: Campaign | None = None
     try:
@@ -575,173 +571,19 @@ def load_campaign(path: Path, *, with_models: bool = True) -> Campaign:
     return _expand(campaign, filled["stages"])
 
 
-# Reading the file
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise CampaignError(
-            f"{path}:{line}: the file is not UTF-8 text (byte 0x{error.object[error.start]:02x}); "
-            "save it as UTF-8"
-        ) from None
-    except FileNotFoundError:
-        raise CampaignError(f"{path}: there is no such file{_nearby(path)}") from None
-    except IsADirectoryError:
-        raise CampaignError(
-            f"{path}: is a folder, not a campaign file{_nearby(path / 'campaign.toml')}"
-        ) from None
-    except OSError as error:
-        raise CampaignError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _nearby(path: Path) -> str:
-    """The campaign files a person may have meant, for the end of a message."""
-    folders = [path.parent, path.parent / "jobs", Path("jobs")]
-    found: dict[Path, str] = {}
-    for folder in folders:
-        try:
-            candidates = sorted(folder.glob("*.toml"))
-        except OSError:
-            continue
-        for file in candidates:
-            if file.name != "pyproject.toml":
-                found.setdefault(file.resolve(), str(file))
-    if not found:
-        return "; no .toml file is near it either: check the folder you are in"
-    near = sorted(
-        found.values(),
-        key=lambda name: -difflib.SequenceMatcher(None, Path(name).name, path.name).ratio(),
-    )
-    more = f" and {len(near) - 5} more" if len(near) > 5 else ""
-    return f"; near it: {', '.join(near[:5])}{more}"
-
-
-_TOML_POSITION: Final = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)$")
-_TOML_HINTS: Final = (
-    ("Unescaped '\\'", "write the text in single quotes, or double each backslash"),
-    ("Invalid value", 'text needs quotes: key = "text"; true and false are lower case'),
-    ("Cannot overwrite", "the key appears twice in its table; keep one of them"),
-    ("Cannot declare", "the table is declared twice; merge the two, or write [[stages]]"),
-    ("Illegal character", "a text must end on its line; is a closing quote missing?"),
-    ("Expected '=' after a key", 'a line is: key = value, [table], or "# comment"'),
-    ("Unclosed array", "a closing ] or a comma is missing"),
-    ("Invalid initial character", "a key is a plain word: letters, digits, _ and -"),
-)
-
-
-def _parse_toml(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = str(error)
-    position = _TOML_POSITION.search(message)
-    lines = text.splitlines() or [""]
-    if position is not None and position[1]:
-        row, column = int(position[1]), int(position[2])
-    else:
-        row, column = len(lines), len(lines[-1]) + 1
-    what = _TOML_POSITION.sub("", message)
-    what = what[:1].lower() + what[1:]
-    shown = lines[row - 1] if row <= len(lines) else ""
-    hint = next((f"; {hint}" for start, hint in _TOML_HINTS if message.startswith(start)), "")
-    if message.startswith("Invalid value") and not shown[column - 1 :].strip():
-        hint = "; a value is missing here, or a bracket above is not closed"
-    caret = re.sub(r"[^\t]", " ", shown[: column - 1]) + "^"
-    raise CampaignError(
-        f"{path}:{row}:{column}: not valid TOML: {what}{hint}\n    {shown}\n    {caret}"
-    )
-
-
-Location: TypeAlias = tuple[str | int, ...]
-
-_TABLE_LINE: Final = re.compile(r"\s*(\[\[?)\s*([\w.\-]+)\s*\]")
-_KEY_LINE: Final = re.compile(r"""\s*["']?([\w-]+(?:\s*\.\s*[\w-]+)*)["']?\s*=""")
-
-
-def _line_numbers(text: str) -> dict[Location, int]:
-    """Line of every table and key, which the TOML parser does not tell."""
-    lines: dict[Location, int] = {}
-    table: Location = ()
-    counts: dict[str, int] = {}
-    inside = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not inside:
-            if match := _TABLE_LINE.match(line):
-                table = tuple(match[2].split("."))
-                if match[1] == "[[":
-                    counts[match[2]] = counts.get(match[2], -1) + 1
-                    table = (*table, counts[match[2]])
-                lines.setdefault(table, number)
-            elif match := _KEY_LINE.match(line):
-                keys = tuple(re.split(r"\s*\.\s*", match[1]))
-                lines.setdefault((*table, *keys), number)
-        for quotes in ('"""', "'''"):
-            if line.count(quotes) % 2 and inside in ("", quotes):
-                inside = "" if inside else quotes
-    return lines
-
-
-# Problems, gathered so that one run of the command shows all of them
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    line: int
-    message: str
-
-
-class _Problems:
-    """The problems of one file, each in the words of the file and not of the validator."""
-
-    def __init__(self, path: Path, lines: dict[Location, int], raw: dict[str, Any]) -> None:
-        self.path = path
-        self._lines = lines
-        self._raw = raw
-        self._found: list[_Problem] = []
-
-    def add(self, location: Location, message: str) -> None:
-        """A problem whose message already names field and value; `location` gives its line."""
-        problem = _Problem(self.line(location), message)
-        if problem not in self._found:
-            self._found.append(problem)
-
-    def add_value(self, location: Location, value: object, what: str) -> None:
-        """A problem of one field and its value."""
-        self.add(location, f"{self.field(location)} = {_show(value)}: {what}")
-
-    def line(self, location: Location) -> int:
-        """Line of a field, or of the innermost table around it that has one; 0 if none."""
-        for length in range(len(location), 0, -1):
-            for place in (location[:length], (*location[:length], 0)):
-                if place in self._lines:
-                    return self._lines[place]
-        return 0
-
-    def _written(self, location: Location, otherwise: object) -> object:
-        """A value as it stands in the file, before any conversion."""
-        found: Any = self._raw
-        for part in location:
-            try:
-                found = found[part]
-            except (KeyError, IndexError, TypeError):
-                return otherwise
-        return found
+class _Problems(Problems):
+    """The problems of a campaign file, whose stages are of several kinds."""
 
     def field(self, location: Location) -> str:
         """A field as a person would call it: `[run] window`, `stage 2 (gfn2): fmax`."""
-        names = [str(part) for part in location if isinstance(part, str)]
         if location[:1] == ("stages",) and len(location) > 1:
-            return f"{self._stage(location)}: {'.'.join(names[1:])}".rstrip(": ")
-        if len(names) > 1 and names[0] in _TABLES:
-            return f"[{names[0]}] {'.'.join(names[1:])}"
-        return ".".join(names)
+            names = [str(part) for part in location[1:] if isinstance(part, str)]
+            return f"{self._stage(location)}: {'.'.join(names)}".rstrip(": ")
+        return super().field(location)
 
     def _stage(self, location: Location) -> str:
         index = int(location[1])
-        stages = self._raw.get("stages")
+        stages = self.raw.get("stages")
         stage = stages[index] if isinstance(stages, list) and index < len(stages) else {}
         name = _stage_name(stage)
         return f"stage {index + 1} ({name})" if name else f"stage {index + 1}"
@@ -749,213 +591,59 @@ class _Problems:
     def translate(self, detail: Mapping[str, Any]) -> None:
         """One error of the validator, in plain words."""
         kind: str = detail["type"]
-        location = _file_location(detail["loc"])
-        context: Mapping[str, Any] = detail.get("ctx", {})
-        value: object = self._written(location, detail["input"])
-        info = _field_info(detail["loc"])
-        if kind == "missing":
-            self._missing(location)
-        elif kind == "extra_forbidden":
-            self._unknown(location, value)
-        elif kind == "union_tag_not_found":
+        location = self.file_location(detail["loc"])
+        value: object = self.written(location, detail["input"])
+        if kind == "union_tag_not_found":
             self.add(location, f"{self.field(location)}: kernel is missing; {_kernels()}")
         elif kind == "union_tag_invalid":
             kernel = value.get("kernel") if isinstance(value, dict) else value
             self.add_value(
-                (*location, "kernel"), kernel, f"is not a kernel; {_choose(str(kernel), STAGES)}"
+                (*location, "kernel"), kernel, f"is not a kernel; {choose(str(kernel), STAGES)}"
             )
-        elif kind == "too_short" and value:
-            pass  # not short in the file: its members have problems of their own
-        elif kind == "too_short" and location == ("stages",):
+        elif kind == "too_short" and location == ("stages",) and not value:
             self.add(location, f"stages: there is none; {_kernels()}")
         else:
-            self.add_value(location, value, _what_is_wrong(kind, context, value, info))
+            super().translate(detail)
 
-    def _missing(self, location: Location) -> None:
-        table: object = self._written(location[:-1], {})
-        strangers = (
-            [key for key in table if key not in _keys(Campaign)] if isinstance(table, dict) else []
-        )
-        if difflib.get_close_matches(str(location[-1]), strangers, n=1):
-            return  # its misspelling is reported already, with this name beside it
-        remedies: dict[Location, str] = {
-            ("name",): 'is missing; write for example name = "my-campaign" at the top of the file',
-            ("molecules",): 'is missing; write a [molecules] table with files = ["my.smi"]',
-            ("molecules", "files"): 'is missing; write for example files = ["my.smi"]',
-            ("stages",): f"is missing; {_kernels()}",
-        }
-        what = remedies.get(location, "is missing; it has no default")
-        self.add(location, f"{self.field(location)} {what}")
+    def file_location(self, location: Location) -> Location:
+        """The validator's location without the kernel it puts after a stage's number."""
+        if location[:1] == ("stages",) and len(location) > 2 and location[2] in STAGES:
+            return (*location[:2], *location[3:])
+        return location
 
-    def _unknown(self, location: Location, value: object) -> None:
-        key = str(location[-1])
-        here = _valid_keys(location[:-1], self._raw)
-        if location == ("stage",):
-            what = "write [[stages]]"
-        elif elsewhere := [place for place, keys in _all_keys() if key in keys]:
-            what = f"belongs {' or '.join(elsewhere)}, not here"
-            if elsewhere == [_TOP]:
-                what += "; in TOML a line belongs to the last [table] above it"
-        else:
-            what = _choose(key, here)
-        self.add_value(location, value, f"unknown key; {what}")
+    def model_of(self, location: Location) -> type[BaseModel] | None:
+        """The model of the table that holds a field, from the validator's location."""
+        if location[0] == "stages" and len(location) > 1:
+            return STAGES.get(str(location[2])) if len(location) > 3 else None
+        return super().model_of(location)
 
-    def raise_if_any(self) -> None:
-        """Raises one CampaignError with all problems in the order of the file."""
-        if not self._found:
-            return
-        lines = [
-            f"{self.path}:{p.line}: {p.message}" if p.line else f"{self.path}: {p.message}"
-            for p in sorted(self._found, key=lambda p: p.line)
-        ]
-        if len(lines) > 1:
-            lines.insert(0, f"{len(lines)} problems in {self.path}")
-        raise CampaignError("\n".join(lines))
+    def valid_keys(self, table: Location) -> list[str]:
+        """Keys that a table may have."""
+        if table[:1] == ("stages",) and len(table) == 2:
+            return keys_of(STAGES[self.raw["stages"][table[1]]["kernel"]])
+        return super().valid_keys(table)
+
+    def all_keys(self) -> Iterator[tuple[str, list[str]]]:
+        """Every kind of table, in words, with its keys."""
+        yield from super().all_keys()
+        for kernel, model in STAGES.items():
+            yield f'in a [[stages]] table with kernel = "{kernel}"', keys_of(model)
 
 
-_TOP: Final = "at the top of the file, above the first [table]"
-_TABLES: Final[Mapping[str, type[_Table]]] = {"molecules": MoleculeSource, "run": RunSettings}
-
-
-def _file_location(location: Location) -> Location:
-    """The validator's location without the kernel it puts after a stage's number."""
-    if location[:1] == ("stages",) and len(location) > 2 and location[2] in STAGES:
-        return (*location[:2], *location[3:])
-    return location
-
-
-def _model_of(location: Location) -> type[_Table] | None:
-    """The model of the table that holds a field, from the validator's location."""
-    if len(location) == 1:
-        return Campaign
-    if location[0] == "stages":
-        return STAGES.get(str(location[2])) if len(location) > 3 else None
-    return _TABLES.get(str(location[0]))
-
-
-def _field_info(location: Location) -> FieldInfo | None:
-    model = _model_of(location)
-    if model is None:
-        return None
-    names = [part for part in location if isinstance(part, str)]
-    return {_key(name, info): info for name, info in model.model_fields.items()}.get(names[-1])
-
-
-def _key(name: str, info: FieldInfo) -> str:
-    return info.alias or name
-
-
-def _keys(model: type[_Table]) -> list[str]:
-    return [_key(name, info) for name, info in model.model_fields.items() if not info.exclude]
-
-
-def _valid_keys(table: Location, raw: Mapping[str, Any]) -> list[str]:
-    if table[:1] == ("stages",) and len(table) == 2:
-        return _keys(STAGES[raw["stages"][table[1]]["kernel"]])
-    return _keys(_TABLES[str(table[0])]) if table else _keys(Campaign)
-
-
-def _all_keys() -> Iterator[tuple[str, list[str]]]:
-    yield _TOP, _keys(Campaign)
-    for table, model in _TABLES.items():
-        yield f"in [{table}]", _keys(model)
-    for kernel, model in STAGES.items():
-        yield f'in a [[stages]] table with kernel = "{kernel}"', _keys(model)
+_TABLES: Final[Mapping[str, type[Table]]] = {"molecules": MoleculeSource, "run": RunSettings}
 
 
 def _kernels() -> str:
-    return f"write [[stages]] with kernel = {_either(STAGES)}"
+    return f"write [[stages]] with kernel = {either(STAGES)}"
 
 
-def _either(names: Iterable[str]) -> str:
-    *most, last = [f'"{name}"' for name in dict.fromkeys(names)]
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _choose(word: str, names: Iterable[str]) -> str:
-    """The nearest valid name if one is near, then what there is to choose from."""
-    by_folded = {name.casefold(): name for name in names}
-    near = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
-    if near:
-        return f'did you mean "{by_folded[near[0]]}"?'
-    return f"there is {_either(by_folded.values())}"
-
-
-def _show(value: object) -> str:
-    """A value as the file would write it, short enough for one line."""
-    if isinstance(value, Path):
-        value = str(value)
-    try:
-        text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-_WRONG_TYPE: Final[Mapping[str, str]] = {
-    "int_type": "must be a whole number, without quotes",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number, without quotes",
-    "finite_number": "must be a finite number",
-    "string_type": 'must be text in quotes, such as "text"',
-    "bool_type": "must be true or false, without quotes",
-    "path_type": 'must be text in quotes, such as "results/first"',
-    "is_instance_of": 'must be text in quotes, such as "results/first"',
-    "tuple_type": 'must be a list, such as ["first.smi", "second.smi"]',
-    "model_type": "must be a table",
-    "model_attributes_type": "must be a table",
-    "dict_type": "must be a table",
-}
-_BOUNDS: Final[Mapping[str, tuple[str, str]]] = {
-    "greater_than": ("gt", "must be more than"),
-    "greater_than_equal": ("ge", "must be at least"),
-    "less_than": ("lt", "must be less than"),
-    "less_than_equal": ("le", "must be at most"),
-}
-
-
-def _what_is_wrong(
-    kind: str, context: Mapping[str, Any], value: object, info: FieldInfo | None
-) -> str:
-    dimension = _dimension(info)
-    if kind == "value_error":
-        return str(context["error"])
-    if kind in _BOUNDS:
-        key, words = _BOUNDS[kind]
-        return f"{words} {_in_units(context[key], dimension)}{_bare_unit(value, dimension)}"
-    if kind == "literal_error" and info is not None:
-        return f"is none of the choices; {_choose(str(value), get_args(info.annotation))}"
-    if kind == "string_pattern_mismatch":
-        return "may hold letters, digits and . _ - only, and starts with a letter or a digit"
-    if kind == "string_too_long":
-        return f"is longer than {context['max_length']} characters"
-    if kind == "too_short":
-        example = info.examples[0] if info is not None and info.examples else ""
-        return f"is empty; write for example {example}"
-    if kind == "string_too_short":
-        return "is empty; write a text between the quotes"
-    return _WRONG_TYPE.get(kind, "cannot be used here")
-
-
-def _dimension(info: FieldInfo | None) -> Dimension | None:
-    metadata = info.metadata if info is not None else ()
-    return next((m for m in metadata if isinstance(m, Dimension)), None)
-
-
-def _in_units(value: float, dimension: Dimension | None) -> str:
-    if dimension is None:
-        return str(value)
-    if dimension is MEMORY:
-        return format_bytes(value)
-    if dimension is TIME and value > 0:
-        return format_seconds(value)
-    return f"{value:g} {dimension.unit}"
-
-
-def _bare_unit(value: object, dimension: Dimension | None) -> str:
-    if dimension is None or isinstance(value, str):
-        return ""
-    return f"; a bare number is in {dimension.unit}: {dimension.expected}"
+def _remedies() -> dict[Location, str]:
+    return {
+        ("name",): 'is missing; write for example name = "my-campaign" at the top of the file',
+        ("molecules",): 'is missing; write a [molecules] table with files = ["my.smi"]',
+        ("molecules", "files"): 'is missing; write for example files = ["my.smi"]',
+        ("stages",): f"is missing; {_kernels()}",
+    }
 
 
 # What the file leaves out, and rules that span several fields
@@ -973,7 +661,7 @@ def _fill_in(raw: dict[str, Any], path: Path, problems: _Problems) -> dict[str, 
     filled = dict(raw)
     if "path" in filled:
         problems.add_value(
-            ("path",), filled["path"], f"unknown key; {_choose('path', _keys(Campaign))}"
+            ("path",), filled["path"], f"unknown key; {choose('path', keys_of(Campaign))}"
         )
     filled["path"] = path.resolve()
     stages = raw.get("stages")
@@ -982,10 +670,7 @@ def _fill_in(raw: dict[str, Any], path: Path, problems: _Problems) -> dict[str, 
         stages = [stages]
     if isinstance(stages, list):
         filled["stages"] = [_fill_in_stage(stages, i) for i in range(len(stages))]
-    for table in _TABLES:
-        if isinstance(raw.get(table), list):
-            problems.add((table, 0), f"[[{table}]]: write [{table}], with one bracket on each side")
-            filled[table] = raw[table][0] if raw[table] else {}
+    problems.single_tables(filled)
     name = raw.get("name")
     store = raw.get("store", f"{name}.basin" if isinstance(name, str) else "unnamed.basin")
     if isinstance(store, str):
@@ -1082,10 +767,10 @@ def _wrong_origin(
     if not fit:
         return "the first stage starts from the files; leave the line out"
     if origin in names and names[origin] < index:
-        return f"this stage gives energies and no geometry to start from; {_choose('', fit)}"
+        return f"this stage gives energies and no geometry to start from; {choose('', fit)}"
     if origin in names:
-        return f"a stage can only start from an earlier one: {_either(fit)}"
-    return f"no earlier stage has this name; {_choose(origin, fit)}"
+        return f"a stage can only start from an earlier one: {either(fit)}"
+    return f"no earlier stage has this name; {choose(origin, fit)}"
 
 
 # Lists of models and of n: a stage for each value, and for each that starts from one of those
@@ -1156,7 +841,7 @@ def _expand(campaign: Campaign, filled: Sequence[Any]) -> Campaign:
 def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = [value for at, value in enumerate(values) if value in values[:at]]
     if twice:
-        raise ValueError(f"holds {_show(twice[0])} twice; keep one")
+        raise ValueError(f"holds {show(twice[0])} twice; keep one")
     return values
 
 
@@ -1189,7 +874,7 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
                 problems.add_value(
                     ("stages", index, "n"),
                     n,
-                    f"model {_show(short[0])} has {steps[short[0]]} diffusion steps; give 1 to "
+                    f"model {show(short[0])} has {steps[short[0]]} diffusion steps; give 1 to "
                     f"{steps[short[0]]} (20 to 50 relax a geometry)",
                 )
 
@@ -1219,7 +904,7 @@ def _model_header(model: str, path: Path) -> model_files.Header:
             "`basin train` and `basin model import` write it"
         )
     raise ValueError(
-        f"is no model that comes with Basin; {_choose(model, shipped)} Or give the path of a "
+        f"is no model that comes with Basin; {choose(model, shipped)} Or give the path of a "
         ".safetensors file"
     )
 
@@ -1321,15 +1006,15 @@ def describe_fields() -> list[FieldDescription]:
 
 
 def _describe(
-    prefix: str, model: type[_Table], skip: Iterable[str] = ()
+    prefix: str, model: type[Table], skip: Iterable[str] = ()
 ) -> Iterator[FieldDescription]:
     for name, info in model.model_fields.items():
         if name in skip:
             continue
-        dimension = _dimension(info)
+        dimension = dimension_of(info)
         yield FieldDescription(
-            path=prefix + _key(name, info),
-            type=_either(STAGES) if name == "kernel" else _type_words(info, dimension),
+            path=prefix + key_of(name, info),
+            type=either(STAGES) if name == "kernel" else _type_words(info, dimension),
             unit=dimension.unit if dimension else "",
             default=_default_words(info, dimension),
             description=info.description or "",
@@ -1353,7 +1038,7 @@ _TYPE_WORDS: Final[Mapping[Any, str]] = {
 def _annotation_words(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Literal:
-        return _either(get_args(annotation))
+        return either(get_args(annotation))
     if origin is Annotated:
         return _annotation_words(get_args(annotation)[0])
     if origin in (Union, UnionType):
@@ -1371,5 +1056,5 @@ def _default_words(info: FieldInfo, dimension: Dimension | None) -> str:
     if info.is_required():
         return "required"
     if dimension is not None:
-        return _in_units(info.default, dimension)
-    return _show(info.default)
+        return in_units(info.default, dimension)
+    return show(info.default)
