@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 KINDS = ("parquet", "sdf", "extxyz", "hdf5")
 _ATTEMPTS = 3
 # Rows in memory at once; a row of frames holds a whole path.
-_STEP = {"frames": 256}
+_STEP = {"frames": 256, "paths": 256, "single_points": 256, "generations": 256}
 _ROWS = 8192
 _SCALAR_CHUNK = 65536
 _STEP_CHUNK = 16384
@@ -57,7 +57,7 @@ def export(
     - ``parquet``: a folder with one file per table, or only ``table``.
     - ``sdf``: the relaxed geometries, or those of ``stage``, with bonds from the SMILES.
     - ``extxyz``: the same geometries for ASE; with ``frames`` the whole paths, with forces
-      where they were saved.
+      where they were saved; for a diffusion stage its paths, with the diffusion step ``n``.
     - ``hdf5``: one file laid out like the store's segments, rows in the segments' order.
 
     Memory does not grow with the store beyond some hundred bytes a molecule. ``tell`` gets one
@@ -498,9 +498,10 @@ def _extxyz(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell) -> No
 
 
 def _extxyz_paths(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell) -> None:
-    if _chosen(snapshot, stage) != "relaxations":
-        raise StoreError(f"stage {stage!r} keeps no paths; relaxations do")
     molecules = _molecules(snapshot)
+    if _chosen(snapshot, stage) != "relaxations":
+        _diffusion_paths(snapshot, path, str(stage), molecules)
+        return
     relaxations = Lookup(snapshot.read("relaxations", ["key", "stage", "level", "program"]))
     about_stage = relaxations.rows["stage"]
     lost = 0
@@ -529,6 +530,36 @@ def _extxyz_paths(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell)
                 _write_xyz(file, path_atoms(rows, row, known["numbers"][owner], _comment(info)))
     if lost:
         tell(f"left out: {lost} paths whose molecule or relaxation is in an unreadable file")
+
+
+def _diffusion_paths(snapshot: Snapshot, path: Path, stage: str, molecules: Lookup) -> None:
+    import ase
+
+    names = ["key", "mol_key", "stage", "model", "protocol", "level", "numbers", "positions"]
+    written = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for rows in _stream(snapshot, "paths", names):
+            owners = molecules.find(rows["mol_key"]).tolist()
+            texts = {name: rows[name].strings() for name in ("stage", "model", "protocol")}
+            for row in np.flatnonzero(rows["stage"].equals(stage)).tolist():
+                about: dict[str, Any] = {
+                    "key": key_bytes(rows["key"][row]).hex(),
+                    "mol_key": key_bytes(rows["mol_key"][row]).hex(),
+                    **{name: column[row] for name, column in texts.items()},
+                }
+                if owners[row] >= 0:
+                    known = molecules.rows
+                    about["name"] = _text(known["name"], owners[row])
+                    about["smiles"] = _text(known["smiles"], owners[row])
+                numbers = rows["numbers"][row]
+                frames = rows["positions"][row].reshape(-1, len(numbers), 3)
+                images = [ase.Atoms(numbers=numbers, positions=xyz.astype(float)) for xyz in frames]
+                for step, n in enumerate(rows["level"][row].tolist()):
+                    images[step].info.update(_comment(about), step=step, n=n)
+                _write_xyz(file, images)
+                written += 1
+    if not written:
+        raise StoreError(f"stage {stage!r} keeps no paths; relaxations and diffusions do")
 
 
 def _write_xyz(file: Any, images: list[ase.Atoms]) -> None:

@@ -143,7 +143,7 @@ def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
         for conformer, keys in plan.chains(root):
             if wanted is not None and wanted not in keys and wanted != root.mol_key:
                 continue
-            failed_at = ""
+            cut: dict[int, str] = {}
             for stage in plan.stages:
                 key = keys[stage.index]
                 label = f"  {stage.name}" + (f" (conformer {conformer})" if conformer else "")
@@ -153,9 +153,11 @@ def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
                 if row is not None:
                     status = row["status"].strings()[0]
                     lines.append(f"{label}: {_told(row)} [key {key.hex()}]")
-                    failed_at = failed_at or ("" if status == "ok" else stage.name)
-                elif failed_at:
-                    lines.append(f"{label}: never started, since {failed_at!r} failed")
+                    if status != "ok":
+                        cut[stage.index] = stage.name
+                elif stage.parent in cut:
+                    cut[stage.index] = cut[stage.parent]
+                    lines.append(f"{label}: never started, since {cut[stage.index]!r} failed")
                 else:
                     lines.append(f"{label}: waiting; `basin run` computes it [key {key.hex()}]")
     return lines

@@ -269,7 +269,7 @@ class Store:
         return found
 
     def table(self, name: str) -> pyarrow.Table:
-        """Return a table (`molecules`, `geometries`, `relaxations`, `frames`, `tasks`) as Arrow.
+        """Return a table, one of those in `schema.TABLES`, as Arrow.
 
         ``.to_pandas()`` on it gives a data frame. Keys are hexadecimal strings.
         """
@@ -284,7 +284,7 @@ class Store:
         return query(self, sql)
 
     def trajectory(self, key: str) -> list[ase.Atoms]:
-        """Return the frames of a relaxation, by its task's key (hexadecimal, or a prefix)."""
+        """Return the frames of a relaxation or a diffusion, by the task's key or its beginning."""
         from orchestrator.tables import trajectory
 
         return trajectory(self, key)
@@ -313,5 +313,5 @@ def open_store(path: Path | str) -> Store:
     if path.suffix == ".toml":
         from orchestrator.campaign import load_campaign
 
-        path = load_campaign(path).store
+        path = load_campaign(path, with_models=False).store
     return Store(path)

@@ -1,4 +1,4 @@
-"""The store's tables as Arrow, as SQL, and one relaxation's path as ASE atoms."""
+"""The store's tables as Arrow, as SQL, and the path of one task as ASE atoms."""
 
 from __future__ import annotations
 
@@ -218,18 +218,18 @@ def sql_columns(table: str, *, ragged: bool) -> dict[str, pyarrow.DataType]:
     import pyarrow as pa
 
     schema = TABLES[table]
-    if table == "frames":
-        text = pa.large_string()
-        return {
-            "key": text,
-            "mol_key": text,
-            _STEP: pa.int32(),
-            "energy_eV": pa.float64(),
-            "fmax_eV_per_A": pa.float64(),
-        }
+    if series := _series(table):
+        plain = {c.name: arrow_type(c) for c in schema.columns if c.kind != "ragged"}
+        along = {c.name: pa.from_numpy_dtype(np.dtype(c.dtype)) for c in series}
+        return {**plain, _STEP: pa.int32(), **along}
     columns = {c.name: arrow_type(c) for c in schema.columns if ragged or c.kind != "ragged"}
     columns.update({name: pa.float64() for name in _DERIVED.get(table, {})})
     return columns
+
+
+def _series(table: str) -> list[Column]:
+    """Return the columns with a value per frame; a table that has them has a row per frame."""
+    return [c for c in TABLES[table].columns if c.kind == "ragged" and c.pointer == _STEP]
 
 
 class _Source:
@@ -244,7 +244,7 @@ class _Source:
         """Return the named columns."""
         missing = [name for name in names if name not in self._arrays]
         if missing:
-            read = self._frames if self._table == "frames" else self._plain
+            read = self._frames if _series(self._table) else self._plain
             self._arrays.update(read(missing))
         return [self._arrays[name] for name in names]
 
@@ -265,21 +265,23 @@ class _Source:
     def _frames(self, names: list[str]) -> dict[str, pyarrow.Array]:
         import pyarrow as pa
 
+        series = [column.name for column in _series(self._table)]
         stored = [name for name in names if name != _STEP]
-        if "energy_eV" not in stored:
-            stored.append("energy_eV")
-        rows = self._snapshot.read("frames", stored)
-        ptr = rows["energy_eV"].ptr
+        if series[0] not in stored:
+            stored.append(series[0])
+        rows = self._snapshot.read(self._table, stored)
+        ptr = rows[series[0]].ptr
         lengths = np.diff(ptr)
+        owner = np.repeat(np.arange(len(rows)), lengths)
         found: dict[str, pyarrow.Array] = {}
         for name in names:
             if name == _STEP:
-                steps = np.arange(ptr[-1], dtype=np.int64) - np.repeat(ptr[:-1], lengths)
-                found[name] = pa.array(steps.astype(np.int32))
-            elif name in ("key", "mol_key"):
-                found[name] = hexadecimal(np.repeat(rows[name], lengths, axis=0))
-            else:
+                found[name] = pa.array((np.arange(ptr[-1]) - ptr[:-1][owner]).astype(np.int32))
+            elif name in series:
                 found[name] = pa.array(rows[name].values, from_pandas=True)
+            else:
+                one = Rows(rows.schema, {name: rows.columns[name]}).take(owner)
+                found[name] = arrow_array(rows.schema.column(name), one[name])
         return found
 
 
@@ -322,11 +324,12 @@ def _dataset(source: _Source, schema: pyarrow.Schema, problems: list[Exception])
 def query(store: Store, sql: str) -> pyarrow.Table:
     """Answer one SELECT over the tables, in DuckDB's SQL.
 
-    Tables: molecules, geometries, relaxations, frames (a row per frame, numbered by ``step``),
-    tasks. Keys are 32 hexadecimal digits, missing values are null. Beyond the stored columns
-    there is ``relaxation_kcal_per_mol``, the energy that a relaxation or a force-field
-    optimisation gained. ``numbers`` and ``positions`` are lists, and there only in a query that
-    names them. Nothing outside the store can be read, and nothing can be written.
+    Tables: molecules, geometries, relaxations, paths, tasks, and, with a row per frame numbered by
+    ``step``, frames, single_points and generations. Keys are 32 hexadecimal digits, missing values
+    are null. Beyond the stored columns there is ``relaxation_kcal_per_mol``, the energy that a
+    relaxation or a force-field optimisation gained. ``numbers`` and ``positions`` are lists, and
+    there only in a query that names them. Nothing outside the store can be read, and nothing can
+    be written.
 
     Raises StoreError with DuckDB's message, and the tables or columns there are.
     """
@@ -398,13 +401,16 @@ def _explain(message: str, words: set[str], schemas: dict[str, pyarrow.Schema]) 
 
 
 def trajectory(store: Store, key: str) -> list[ase.Atoms]:
-    """Return the frames of a relaxation, the starting geometry first.
+    """Return the frames of a relaxation or of a diffusion, the starting geometry first.
 
-    ``key`` is the relaxation's key in hexadecimal, or a beginning of it that no other shares.
-    Each frame carries its energy (eV) and, when they were saved, its forces (eV/Å) in a
-    SinglePointCalculator; positions are in Å, in the single precision of the frames table.
+    ``key`` is the task's key in hexadecimal, or a beginning of it that no other shares; that of
+    single points stands for the path they were computed along. Each frame carries its energy (eV),
+    where there is one, and its forces (eV/Å), when they were saved, in a SinglePointCalculator;
+    frames of a diffusion carry its step n as ``info["n"]``. Where several stages computed energies
+    along a diffusion, those of the stage first by name are taken. Positions are in Å, in the single
+    precision of the tables.
 
-    Raises StoreError when the key is unknown, ambiguous, or not that of a relaxation.
+    Raises StoreError when the key is unknown, ambiguous, or that of a task without a path.
     """
     for attempt in range(_ATTEMPTS):
         try:
@@ -421,16 +427,19 @@ def _trajectory(snapshot: Snapshot, key: str) -> list[ase.Atoms]:
             f"{key!r} is not a key: keys are up to 32 hexadecimal digits; "
             "`basin query 'SELECT key, stage FROM relaxations'` lists them"
         )
-    matches = _matches(snapshot, "frames", key)
+    tables = {
+        m: t for t in ("frames", "paths", "single_points") for m in _matches(snapshot, t, key)
+    }
+    matches = list(tables)
     if len(matches) > 1:
         shown = ", ".join(m.hex() for m in matches[:_SHOWN])
         more = f" and {len(matches) - _SHOWN} more" if len(matches) > _SHOWN else ""
-        raise StoreError(
-            f"{len(matches)} relaxations have a key that begins with {key}: {shown}{more}"
-        )
+        what = "relaxations" if set(tables.values()) == {"frames"} else "tasks with a path"
+        raise StoreError(f"{len(matches)} {what} have a key that begins with {key}: {shown}{more}")
     if not matches:
         raise StoreError(_missing(snapshot, key))
-    return _atoms(snapshot, matches[0])
+    (match,) = matches
+    return _atoms(snapshot, match) if tables[match] == "frames" else _walk(snapshot, match)
 
 
 def _bounds(key: str) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -469,7 +478,10 @@ def _missing(snapshot: Snapshot, key: str) -> str:
                 f"task {key} (stage {stage}) has no path, it failed: {status}: "
                 f"{one['message'].strings()[0]}"
             )
-        return f"task {key} belongs to stage {stage}, which keeps no path; relaxations do"
+        return (
+            f"task {key} belongs to stage {stage}, which keeps no path; relaxations and "
+            "diffusions do"
+        )
     molecules = snapshot.read("relaxations", ["key", "mol_key"])
     rows = _inside(molecules["mol_key"], key)
     if len(rows):
@@ -511,38 +523,98 @@ def _atoms(snapshot: Snapshot, key: bytes) -> list[ase.Atoms]:
             f"{snapshot.store.path}: relaxation {key.hex()} has frames but no row in the table "
             "relaxations; the file that held it may be quarantined: see `basin status`"
         )
+    info = _info(snapshot, key, about)
+    info["level"] = about["level"].strings()[0]
+    return path_atoms(frames, 0, about["numbers"][0], info)
+
+
+def _info(snapshot: Snapshot, key: bytes, about: Rows) -> dict[str, Any]:
     mol_key = key_bytes(about["mol_key"][0])
     molecule = _row(snapshot, "molecules", mol_key, ["name", "charge", "multiplicity"])
     info: dict[str, Any] = {
         "key": key.hex(),
         "mol_key": mol_key.hex(),
         "stage": about["stage"].strings()[0],
-        "level": about["level"].strings()[0],
     }
     if molecule is not None:
         info["name"] = molecule["name"].strings()[0]
         info["charge"] = int(molecule["charge"][0])
         info["multiplicity"] = int(molecule["multiplicity"][0])
-    return path_atoms(frames, 0, about["numbers"][0], info)
+    return info
+
+
+def _walk(snapshot: Snapshot, key: bytes) -> list[ase.Atoms]:
+    """Return a diffusion's path, or the geometries of single points, with energies if known."""
+    points = _row(snapshot, "single_points", key, [c.name for c in TABLES["single_points"].columns])
+    at = key if points is None else key_bytes(points["parent_key"][0])
+    about = _row(snapshot, "paths", at, [c.name for c in TABLES["paths"].columns])
+    for table in ("geometries", "relaxations") if about is None else ():
+        names = ["key", "mol_key", "stage", "numbers", "positions"]
+        about = _row(snapshot, table, at, names) if about is None else about
+    if about is None:
+        raise StoreError(
+            f"{snapshot.store.path}: the geometries that {key.hex()} was computed for are not "
+            "found; the file that held them may be quarantined: see `basin status`"
+        )
+    if points is None:
+        points = _energies_along(snapshot, at)
+    numbers = about["numbers"][0]
+    info = _info(snapshot, at, about)
+    frames = about["positions"][0].reshape(-1, len(numbers), 3)
+    energies, forces = np.full(len(frames), np.nan), np.zeros((0, 3))
+    if points is not None and len(points["energy_eV"][0]) == len(frames):
+        info["level"] = points["level"].strings()[0]
+        energies, forces = points["energy_eV"][0], points["forces"][0]
+    path = _images(numbers, frames, energies, forces, info)
+    if "level" in about.columns:
+        for atoms, n in zip(path, about["level"][0].tolist(), strict=True):
+            atoms.info["n"] = n
+    return path
+
+
+def _energies_along(snapshot: Snapshot, path: bytes) -> Rows | None:
+    """Return the single points of a path, of the stage first by name; None where there are none."""
+    wanted = np.array(_bounds(path.hex())[0])
+    found: dict[str, bytes] = {}
+    for rows in snapshot.parts("single_points", ["key", "parent_key", "stage"]):
+        for row in np.flatnonzero((rows["parent_key"] == wanted).all(axis=1)).tolist():
+            stage = rows["stage"].names[rows["stage"].codes[row]]
+            found[stage] = key_bytes(rows["key"][row])
+    if not found:
+        return None
+    names = [c.name for c in TABLES["single_points"].columns]
+    return _row(snapshot, "single_points", found[min(found)], names)
 
 
 def path_atoms(
     frames: Rows, row: int, numbers: NDArray[np.uint8], info: dict[str, Any]
 ) -> list[ase.Atoms]:
     """Return one row of the frames table as ASE atoms, frame after frame."""
+    energies = frames["energy_eV"][row]
+    positions = frames["positions"][row].reshape(len(energies), len(numbers), 3)
+    return _images(numbers, positions, energies, frames["forces"][row], info)
+
+
+def _images(
+    numbers: NDArray[np.uint8],
+    positions: NDArray[np.floating[Any]],
+    energies: NDArray[np.float64],
+    forces: NDArray[np.floating[Any]],
+    info: dict[str, Any],
+) -> list[ase.Atoms]:
+    """Return frames (F, N, 3) as ASE atoms, with energies (F,) where finite, and any forces."""
     import ase
     from ase.calculators.singlepoint import SinglePointCalculator
 
-    energies = frames["energy_eV"][row]
-    positions = frames["positions"][row].reshape(len(energies), len(numbers), 3)
-    forces = frames["forces"][row]
     path = []
     for step, energy in enumerate(energies.tolist()):
         atoms = ase.Atoms(numbers=numbers, positions=positions[step].astype(float))
         atoms.info.update(info, step=step)
+        path.append(atoms)
+        if not np.isfinite(energy):
+            continue
         results: dict[str, Any] = {"energy": energy}
         if len(forces):
             results["forces"] = forces.reshape(positions.shape)[step].astype(float)
         atoms.calc = SinglePointCalculator(atoms, **results)  # type: ignore[no-untyped-call]
-        path.append(atoms)
     return path

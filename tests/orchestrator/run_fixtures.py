@@ -21,6 +21,7 @@ import psutil
 from orchestrator import ingest
 from orchestrator.campaign import Campaign, load_campaign
 from orchestrator.columns import Category, Varlen, key_bytes
+from orchestrator.schema import TABLES
 from orchestrator.status import Standing, stand
 from orchestrator.store import Store
 
@@ -248,7 +249,7 @@ def by_key(store: Store, table: str, leave_out: Sequence[str] = ()) -> dict[str,
 
 def assert_same_rows(one: Store, other: Store) -> None:
     """Fail where two stores differ in anything but the circumstances of their runs."""
-    for table in ("molecules", "geometries", "relaxations", "frames", "tasks"):
+    for table in TABLES:
         leave_out = {*CIRCUMSTANCES, "line"}
         if table == "tasks":
             leave_out.add("message")  # of a repeated entry, which one repeats depends on the order
@@ -262,7 +263,7 @@ def assert_no_key_twice_in_segments(store: Store) -> None:
     """Fail where compacted segments, read raw, hold a key more than once."""
     snapshot = store.snapshot()
     assert not snapshot.shards, "not everything is compacted"
-    for table in ("molecules", "geometries", "relaxations", "frames", "tasks"):
+    for table in TABLES:
         keys = [tuple(k) for rows in snapshot.parts(table, ["key"]) for k in rows["key"].tolist()]
         assert len(keys) == len(set(keys)), table
 

@@ -98,8 +98,12 @@ def test_hdf5_is_one_file_with_every_row_once(store: Store, tmp_path: Path) -> N
         assert sorted(file.tables()) == sorted(TABLES)
         for table in TABLES:
             expected = comparable(store.read(table))
-            assert len(expected["key"]) == file.n_rows(table) > 0
+            assert len(expected["key"]) == file.n_rows(table)
             assert comparable(file.read(table)) == expected
+            if table in ("paths", "single_points", "generations"):
+                assert not file.n_rows(table)
+                continue
+            assert file.n_rows(table) > 2
             half = file.read(table, None, slice(1, 3))
             assert comparable(half) == comparable(file.read(table).take(np.array([1, 2])))
 
