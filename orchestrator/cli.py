@@ -415,7 +415,7 @@ def speedup(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what diffusion, or another arm, saved against relaxing from the MMFF geometry.
+    """Say what diffusion, or another arm, saved against MMFF starts.
 
     Pairs in which bonds changed count nowhere; intervals are 95 % bootstrap intervals over
     molecules.
@@ -486,7 +486,7 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a diffusion model or go on with it; the same command resumes.
+    """Train a diffusion model, or go on with a training that was stopped.
 
     Ctrl-C saves and stops; a second Ctrl-C stops at once, which loses a minute at most.
     """

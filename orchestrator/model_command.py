@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 model_app = typer.Typer(
     name="model",
-    help="Diffusion models: list them, look into one, import a published one.",
+    help="List, show and import diffusion models.",
     no_args_is_help=True,
 )
 

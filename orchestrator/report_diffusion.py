@@ -132,23 +132,25 @@ def _arm_sentence(comparison: Comparison, arm: Arm) -> str:
         )
     )
     said = (
-        f"Diffusion saves {_percent(one.reduction.value)} of the relaxation steps in the median "
+        f"Diffusion {_saved(one.reduction.value)} relaxation steps in the median "
         f"({arm.stage}: {details})"
     )
-    if np.isfinite(one.ratio.value):
+    lower = one.ratio.value
+    if np.isfinite(lower) and lower > 0:
+        times, way = (lower, "lower") if lower >= 1 else (1 / lower, "higher")
         said += (
-            f"; it starts {number(one.ratio.value, 1 if one.ratio.value >= 1 else 2)} times lower "
-            f"above the minimum than {comparison.baseline}"
+            f"; it starts {number(times)} times {way} above the minimum than {comparison.baseline}"
         )
-    saved = one.cpu_saved_share
-    if np.isfinite(saved):
-        cpu = (
-            f"saves {_percent(saved)} of the CPU time"
-            if saved > 0
-            else f"costs {_percent(-saved)} more CPU time"
-        )
-        said += f", and with its own time counted it {cpu}"
+    if np.isfinite(one.cpu_saved_share):
+        said += f", and with its own time counted it {_saved(one.cpu_saved_share)} CPU time"
     return f"{said}."
+
+
+def _saved(share: float) -> str:
+    """Return `saves 5 % of the`, or `costs 5 % more`, to go before what is saved."""
+    if round(100 * share) >= 0:
+        return f"saves {_percent(share)} of the"
+    return f"costs {_percent(-share)} more"
 
 
 def _energy(value: float) -> str:
@@ -168,12 +170,12 @@ def _with_interval(found: Estimate, form: Callable[[float], str], unit: str = ""
 
 
 STEP_COLUMNS: Final = (
-    "arm", "starts from", "molecules", "median steps", "steps saved, median (95 % CI)",
+    "arm", "starts from", "molecules", "median steps", "steps saved, median (95\u00a0%\u00a0CI)",
     "in the same basin", "published",
 )  # fmt: skip
 ENERGY_COLUMNS: Final = (
-    "arm", "start above minimum, kcal/mol (95 % CI)", "baseline / arm", "ends in the same basin",
-    "deeper", "CPU time saved, median", "in all",
+    "arm", "start above minimum, kcal/mol (95\u00a0%\u00a0CI)", "baseline / arm",
+    "ends in the same basin", "deeper", "CPU time saved, median", "in all",
 )  # fmt: skip
 _WORDS: Final = ("arm", "starts from")
 
@@ -315,15 +317,14 @@ def alignment_figure(one: Alignment) -> Picture | None:
     at = [k for k in ahead if np.isfinite(one.mean[f"move {k}, minimum"]).any()]
     k = at[min(1, len(at) - 1)]
     to, along = (float(np.nanmean(one.mean[f"move {k}, {t}"])) for t in _TARGETS)
-    more = "the way to the minimum more than the forces" if to > along else "the forces more"
     caption = (
         f"Alignment along the path of {one.stage} ({one.model}, n = {one.n}), "
         f"{one.level_of_theory}, {plural(one.molecules, 'molecule')}: cosine between an atom's "
         f"moves, the force on it and its way to the relaxed minimum; mean and one standard "
-        f"deviation over all atoms. Here the next {plural(k, 'move')} follow {more} "
-        f"({number(to, 2)} against {number(along, 2)} in the mean). Published: the fully trained "
-        "QM9 model follows the way to the minimum more than the forces; one of 50 epochs, and the "
-        "one of DRUGS, the forces more."
+        f"deviation over all atoms. The next {plural(k, 'move')} here: {number(to, 2)} with the "
+        f"way to the minimum, {number(along, 2)} with the forces in the mean. Published: the fully "
+        "trained QM9 model follows the way to the minimum more than the forces; one of 50 epochs, "
+        "and the one of DRUGS, the forces more."
     )
     return Picture(svg(figure), caption, f"Alignment against the diffusion step, {one.stage}")
 

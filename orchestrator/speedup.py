@@ -382,6 +382,9 @@ def compare(store: Store, *, baseline: str = "", order: Sequence[str] = ()) -> C
         lowest[match.at] = np.minimum(lowest[match.at], energy)
     owner = tables.molecules.find(relaxations["mol_key"])
     arms = tuple(_arm(tables, match, theirs, before, lowest) for match in matched)
+    if not order:
+        # When stages first started says little: later ones go first in a run.
+        arms = tuple(sorted(arms, key=lambda arm: (arm.diffused, arm.model, arm.n)))
     kept = theirs[~changed[theirs]]
     molecules = tables.molecules.rows
     return Comparison(

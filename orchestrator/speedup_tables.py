@@ -172,7 +172,7 @@ def tables(comparison: Comparison) -> list[RenderableType]:
         "relaxation steps, medians; saved = 1 - steps/baseline steps of each molecule",
         _steps_table(comparison, lambda arm: arm.all),
     ]
-    if study.factors and any(arm.diffused for arm in arms):
+    if study.factors and any(study.reduction(arm.n) for arm in arms if arm.diffused):
         parts.append(f"published middle half: {study.factors} faster ({study.where})")
     parts += [
         "",

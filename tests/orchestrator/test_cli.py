@@ -30,7 +30,9 @@ from tests.orchestrator.random_stores import read_only, schema_of
 from tests.orchestrator.store_fixtures import little_records
 
 LIMIT_S = 110
-COMMANDS = ["plan", "run", "status", "explain", "query", "export", "report", "compact", "doctor"]
+COMMANDS = [
+    "plan", "run", "status", "explain", "query", "export", "report", "speedup", "compact", "doctor",
+]  # fmt: skip
 CAMPAIGN = """
 name = "tiny"
 [molecules]

@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from orchestrator.alignment import align
 from orchestrator.bootstrap import estimate
 from orchestrator.errors import StoreError
+from orchestrator.paths import energy_curves, walks
 from orchestrator.speedup import compare, per_molecule, saved_line, write_per_molecule
 from orchestrator.speedup_tables import tables, values
 from orchestrator.store import Store
 from tests.orchestrator.diffusion_stores import Study, little_study
+from tests.orchestrator.run_fixtures import write_campaign
 from tests.orchestrator.store_fixtures import little_records, new_store
 
 
@@ -240,6 +243,54 @@ def test_a_store_without_relaxations_or_without_the_stage_says_so(tmp_path: Path
     store = little_study(2).store(tmp_path / "store")
     with pytest.raises(StoreError, match=r"'gfn1'.*gfn2, relaxed-20, relaxed-50"):
         compare(store, baseline="gfn1")
+
+
+def test_a_real_campaign_gives_pairs_energies_and_alignment(tmp_path: Path) -> None:
+    import torch
+
+    from kernels.diffusion.checkpoint import save
+    from kernels.diffusion.egnn import ModelConfig, build
+
+    torch.manual_seed(0)
+    config = ModelConfig(hidden=16, layers=2, steps=1000)
+    save(
+        tmp_path / "untrained.safetensors",
+        config,
+        build(config).state_dict(),
+        {"name": "untrained"},
+    )
+    campaign = write_campaign(
+        tmp_path,
+        ["CCO", "CC=O", "CC#N", "COC", "CNC", "OCC=O"],
+        stages='[[stages]]\nkernel = "embed"\n[[stages]]\nkernel = "mmff"\n'
+        '[[stages]]\nname = "gfn2"\nkernel = "relax"\n'
+        '[[stages]]\nname = "diffused"\nkernel = "diffuse"\nfrom = "mmff"\n'
+        'model = "untrained.safetensors"\nn = [2, 12]\n'
+        '[[stages]]\nname = "relaxed"\nkernel = "relax"\n'
+        '[[stages]]\nname = "points"\nkernel = "single_points"\nfrom = "diffused"\n'
+        "save_forces = true\n",
+    )
+    done = basin("run", campaign, "--workers", 2, "--report")
+    assert done.returncode == 0, done.stderr
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith("diffusion saved ")]
+    assert line.endswith("against gfn2)")
+    store = Store(tmp_path / "store")
+    found = compare(store)
+    arms = {arm.stage: arm for arm in found.arms}
+    assert set(arms) == {"relaxed-2", "relaxed-12"}
+    # Two of a thousand steps of whatever model hardly move an atom: the same relaxation again.
+    near = arms["relaxed-2"].all
+    assert (near.pairs, near.same_basin) == (6, 1.0)
+    assert near.own.mean.value == pytest.approx(near.baseline_own.mean.value, abs=0.5)
+    assert near.cpu_before > 0
+    curves = {curve.stage: curve for curve in energy_curves(walks(store))}
+    for stage, arm in (("diffused-2", "relaxed-2"), ("diffused-12", "relaxed-12")):
+        # The last frame is what the relaxation started from, the first what the baseline did.
+        assert curves[stage].mean[-1] == pytest.approx(arms[arm].all.own.mean.value, abs=1e-3)
+        assert curves[stage].own == 6
+    angles = {one.stage: one for one in align(walks(store))}
+    assert np.nanmean(angles["diffused-12"].mean["force, minimum"]) > 0.2
+    assert "What diffusion saves" in (tmp_path / "store" / "report.html").read_text()
 
 
 # --- what people and programs see -------------------------------------------------------------
