@@ -486,7 +486,7 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a diffusion model, or go on with a training that was stopped.
+    """Train a diffusion model, or go on with a stopped training.
 
     Ctrl-C saves and stops; a second Ctrl-C stops at once, which loses a minute at most.
     """
