@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.intp]
+Floats = NDArray[np.float64]
 
 _RESAMPLES: Final = 2000
 _FEWEST_RESAMPLES: Final = 200
 # Rows drawn in all: what a second or two allows for half a dozen medians.
 _ROWS: Final = 10_000_000
+# Rows of draws made in one go.
+_AT_ONCE: Final = 500_000
 # With fewer molecules than this an interval would only look like one.
 _FEWEST: Final = 5
 
@@ -33,9 +36,27 @@ class Estimate:
         return bool(np.isfinite(self.low) and np.isfinite(self.high))
 
 
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A function of some columns (R,) of rows; it reduces the last axis of each, as in numpy."""
+
+    function: Callable[..., Any]
+    columns: tuple[Floats, ...]
+
+
+def mean(values: Floats) -> Statistic:
+    """Return the mean of a column (R,)."""
+    return Statistic(np.mean, (values,))
+
+
+def median(values: Floats) -> Statistic:
+    """Return the median of a column (R,)."""
+    return Statistic(np.median, (values,))
+
+
 def estimate(
     owner: NDArray[np.integer[Any]],
-    statistics: Mapping[str, Callable[[Indices], float]],
+    statistics: Mapping[str, Statistic],
     *,
     confidence: float = 0.95,
     seed: int = 0,
@@ -43,35 +64,51 @@ def estimate(
     """Return each statistic with its percentile bootstrap interval.
 
     ``owner`` (R,) says which molecule a row belongs to: molecules are drawn, with all their rows,
-    because conformers of one molecule are no independent samples. A statistic gets the drawn rows,
-    with repetition; all statistics see the same draws, so that ratios are of paired values. The
-    same seed gives the same interval. Efron and Tibshirani, An Introduction to the Bootstrap
-    (1993), chapter 13.
+    because conformers of one molecule are no independent samples. All statistics see the same
+    draws, so that ratios are of paired values. The same seed gives the same interval. Efron and
+    Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    rows = np.arange(len(owner))
-    if not len(rows):
+    if not len(owner):
         return {name: Estimate(np.nan, np.nan, np.nan) for name in statistics}
-    values = {name: float(statistic(rows)) for name, statistic in statistics.items()}
+    values = {name: float(s.function(*s.columns, axis=-1)) for name, s in statistics.items()}
     sizes = np.unique(owner, return_counts=True)[1]
     if len(sizes) < _FEWEST:
         return {name: Estimate(value, np.nan, np.nan) for name, value in values.items()}
-    order = np.argsort(owner, kind="stable")
-    first = np.cumsum(sizes) - sizes
-    resamples = int(np.clip(_ROWS // len(rows), _FEWEST_RESAMPLES, _RESAMPLES))
-    rng = np.random.default_rng(seed)
-    drawn = {name: np.empty(resamples) for name in statistics}
-    for again in range(resamples):
-        picked = rng.integers(0, len(sizes), len(sizes))
-        sample = order[_runs(first[picked], sizes[picked])]
-        for name, statistic in statistics.items():
-            drawn[name][again] = statistic(sample)
+    columns = {id(column): column for s in statistics.values() for column in s.columns}
+    resamples = int(np.clip(_ROWS // len(owner), _FEWEST_RESAMPLES, _RESAMPLES))
+    parts: dict[str, list[Floats]] = {name: [] for name in statistics}
+    for rows in _draws(owner, sizes, resamples, np.random.default_rng(seed)):
+        drawn = {key: column[rows] for key, column in columns.items()}
+        for name, s in statistics.items():
+            parts[name].append(s.function(*(drawn[id(c)] for c in s.columns), axis=-1))
     tail = 50 * (1 - confidence)
     found = {}
-    for name, samples in drawn.items():
+    for name, samples in parts.items():
+        every = np.concatenate([np.atleast_1d(part) for part in samples])
         # Without interpolation, which would make a NaN of an infinite ratio.
-        low, high = np.percentile(samples, [tail, 100 - tail], method="inverted_cdf")
+        low, high = np.percentile(every, [tail, 100 - tail], method="inverted_cdf")
         found[name] = Estimate(values[name], float(low), float(high))
     return found
+
+
+def _draws(
+    owner: NDArray[np.integer[Any]],
+    sizes: NDArray[np.intp],
+    resamples: int,
+    rng: np.random.Generator,
+) -> Iterator[Indices]:
+    """Yield rows of draws, (R',) of one or (B, R) of several of equal length."""
+    count = len(sizes)
+    if count == len(owner):
+        at_once = max(1, _AT_ONCE // count)
+        for first in range(0, resamples, at_once):
+            yield rng.integers(0, count, (min(at_once, resamples - first), count))
+        return
+    order = np.argsort(owner, kind="stable")
+    first_of = np.cumsum(sizes) - sizes
+    for _ in range(resamples):
+        picked = rng.integers(0, count, count)
+        yield order[_runs(first_of[picked], sizes[picked])]
 
 
 def _runs(first: Indices, length: Indices) -> Indices:

@@ -217,10 +217,20 @@ def run(
             raise typer.Exit(130) from None
     problems = driver.store.snapshot().problems
     page = None
+    said: list[str] = []
     if report:
-        from orchestrator.report import write_report
+        from orchestrator.report import findings, write_report
+        from orchestrator.report_diffusion import gather
+        from orchestrator.speedup import saved_line
 
-        page = write_report(driver.store, driver.store.path / "report.html", counts=summary.counts)
+        diffusion = gather(driver.store, [stage.name for stage in campaign.stages])
+        target = driver.store.path / "report.html"
+        page = write_report(driver.store, target, counts=summary.counts, diffusion=diffusion)
+        said = findings(driver.store, diffusion)
+        if diffusion.comparison:
+            said.append(saved_line(diffusion.comparison))
+    elif not as_json:
+        said = [_saved(driver.store, campaign)]
     if as_json:
         _print_json(
             {
@@ -243,13 +253,9 @@ def run(
         for note in summary.notes:
             print(f"note: {note}", file=sys.stderr)
         _print_problems(problems)
-        if line := _saved(driver.store, campaign):
+        for line in filter(None, said):
             console.print(line, markup=False)
         if page is not None:
-            from orchestrator.report import findings
-
-            for line in findings(driver.store):
-                console.print(line, markup=False)
             console.print(f"report: {page}", markup=False)
         else:
             console.print(f"results: {driver.store.path}", markup=False)

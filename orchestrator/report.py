@@ -102,8 +102,7 @@ class _Facts:
         return self.relax_stages()[-1]
 
 
-def _gather(store: Store, order: Sequence[str] = ()) -> _Facts:
-    diffusion = report_diffusion.gather(store, order)
+def _gather(store: Store, diffusion: Diffusion) -> _Facts:
     for attempt in range(_ATTEMPTS):
         try:
             snapshot: Snapshot = store.snapshot()
@@ -240,9 +239,12 @@ def _about_relaxations(facts: _Facts) -> list[str]:
     return sentences
 
 
-def findings(store: Store) -> list[str]:
-    """Return a few sentences about what the campaign found so far."""
-    return _findings(_gather(store))
+def findings(store: Store, diffusion: Diffusion | None = None) -> list[str]:
+    """Return a few sentences about what the campaign found so far.
+
+    ``diffusion`` saves reading that part again.
+    """
+    return _findings(_gather(store, diffusion or report_diffusion.gather(store)))
 
 
 # --- time -------------------------------------------------------------------------------------
@@ -749,11 +751,16 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
 
 
 def write_report(
-    store: Store, target: Path, *, counts: Sequence[StageCounts] | None = None
+    store: Store,
+    target: Path,
+    *,
+    counts: Sequence[StageCounts] | None = None,
+    diffusion: Diffusion | None = None,
 ) -> Path:
     """Write the campaign's report as one HTML file that needs nothing else; return its path.
 
     ``counts`` gives what was planned; without it the report tells only what has finished.
+    ``diffusion`` saves reading that part again.
     An earlier report is replaced. Raises StoreError when the file cannot be written.
     """
     import jinja2
@@ -766,7 +773,9 @@ def write_report(
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.jinja")
-    html = page.render(_context(_gather(store, [row.stage for row in counts or ()]), counts))
+    if diffusion is None:
+        diffusion = report_diffusion.gather(store, [row.stage for row in counts or ()])
+    html = page.render(_context(_gather(store, diffusion), counts))
     target = Path(target).absolute()
     write_whole(target, html.encode("utf-8", "replace"))
     return target

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kernels.units import EV_TO_KCAL
 from orchestrator import published
-from orchestrator.bootstrap import Estimate, estimate
+from orchestrator.bootstrap import Estimate, Statistic, estimate, mean, median
 from orchestrator.columns import Category, Rows, key_bytes
 from orchestrator.errors import StoreError
 from orchestrator.published import Published
@@ -528,13 +528,7 @@ class _Measured:
 
 
 def _start(molecule: NDArray[np.integer[Any]], above: Floats) -> Start:
-    found = estimate(
-        molecule,
-        {
-            "mean": lambda rows: float(np.mean(above[rows])),
-            "median": lambda rows: float(np.median(above[rows])),
-        },
-    )
+    found = estimate(molecule, {"mean": mean(above), "median": median(above)})
     return Start(found["mean"], found["median"])
 
 
@@ -550,14 +544,13 @@ def summarise(pairs: _Measured) -> Summary:
         "lowest": pairs.lowest,
         "baseline_lowest": pairs.baseline_lowest,
     }
-    statistics: dict[str, Any] = {
-        "reduction": lambda rows: np.median(reduction[rows]),
-        "cpu_saved": lambda rows: np.median(saved[rows]),
-        "ratio": lambda rows: _ratio(pairs.baseline_own[rows].mean(), pairs.own[rows].mean()),
+    statistics = {
+        "reduction": median(reduction),
+        "cpu_saved": median(saved),
+        "ratio": Statistic(_mean_ratio, (pairs.baseline_own, pairs.own)),
     }
-    for name, values in series.items():
-        statistics[f"{name} mean"] = lambda rows, values=values: np.mean(values[rows])
-        statistics[f"{name} median"] = lambda rows, values=values: np.median(values[rows])
+    for name, column in series.items():
+        statistics |= {f"{name} mean": mean(column), f"{name} median": median(column)}
     found = estimate(pairs.molecule, statistics)
     starts = {name: Start(found[f"{name} mean"], found[f"{name} median"]) for name in series}
     low, high = (float(q) for q in np.percentile(reduction, [25, 75]))
@@ -584,6 +577,12 @@ def summarise(pairs: _Measured) -> Summary:
         cpu_saved_share=_ratio(saved.sum(), pairs.baseline_cpu.sum()),
         **starts,
     )
+
+
+def _mean_ratio(above: Floats, below: Floats, axis: int) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Floats = above.mean(axis=axis) / below.mean(axis=axis)
+    return ratio
 
 
 def _ratio(above: float, below: float) -> float:

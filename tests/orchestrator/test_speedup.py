@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from orchestrator.alignment import align
-from orchestrator.bootstrap import estimate
+from orchestrator.bootstrap import estimate, mean
 from orchestrator.errors import StoreError
 from orchestrator.paths import energy_curves, walks
 from orchestrator.speedup import compare, per_molecule, saved_line, write_per_molecule
@@ -40,7 +40,7 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
     hits = 0
     for _ in range(100):
         sample = rng.exponential(size=60)
-        found = estimate(np.arange(60), {"mean": lambda rows, s=sample: s[rows].mean()})["mean"]
+        found = estimate(np.arange(60), {"mean": mean(sample)})["mean"]
         hits += found.low <= 1.0 <= found.high
     # 95 of 100 on average; 2.2 of standard deviation, and the percentile method's small bias.
     assert 86 <= hits <= 100
@@ -48,7 +48,7 @@ def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
 
 def test_an_interval_is_the_textbook_one_for_many_normal_values() -> None:
     values = np.random.default_rng(1).normal(5.0, 2.0, size=2000)
-    found = estimate(np.arange(2000), {"mean": lambda rows: values[rows].mean()})["mean"]
+    found = estimate(np.arange(2000), {"mean": mean(values)})["mean"]
     half = 1.96 * values.std() / np.sqrt(2000)
     assert found.value == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
@@ -57,19 +57,18 @@ def test_an_interval_is_the_textbook_one_for_many_normal_values() -> None:
 
 def test_conformers_do_not_count_as_molecules() -> None:
     values = np.repeat(np.random.default_rng(2).normal(size=50), 30)
-    mean = {"mean": lambda rows: float(values[rows].mean())}
-    apart = estimate(np.arange(1500), mean)["mean"]
-    together = estimate(np.repeat(np.arange(50), 30), mean)["mean"]
+    apart = estimate(np.arange(1500), {"mean": mean(values)})["mean"]
+    together = estimate(np.repeat(np.arange(50), 30), {"mean": mean(values)})["mean"]
     # Thirty copies of each value say no more than one.
     ratio = (together.high - together.low) / (apart.high - apart.low)
     assert ratio == pytest.approx(np.sqrt(30), rel=0.15)
 
 
 def test_a_few_molecules_have_no_interval() -> None:
-    found = estimate(np.array([0, 1, 1, 2]), {"n": lambda rows: float(len(rows))})["n"]
-    assert found.value == 4
+    found = estimate(np.array([0, 1, 1, 2]), {"mean": mean(np.arange(4.0))})["mean"]
+    assert found.value == 1.5
     assert not found.known
-    assert not estimate(np.zeros(0, int), {"n": lambda rows: float(len(rows))})["n"].known
+    assert not estimate(np.zeros(0, int), {"mean": mean(np.zeros(0))})["mean"].known
 
 
 # --- arms -------------------------------------------------------------------------------------
