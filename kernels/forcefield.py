@@ -85,6 +85,80 @@ def minimise(smiles: str, positions: ArrayLike, *, max_steps: int) -> ForceField
     )
 
 
+class Surface:
+    """The force field of one molecule as a function of its geometry: energy and derivatives.
+
+    Positions (N, 3) in Å, in the canonical order of `smiles`. Raises InputError where neither
+    MMFF94 nor UFF has all parameters.
+    """
+
+    # Displacement of the finite differences, Å: what they miss is far below what they are for.
+    _DISPLACEMENT = 1e-3
+
+    def __init__(self, smiles: str, positions: ArrayLike) -> None:
+        from rdkit import Chem
+
+        self._mol = Chem.Mol(rdkit_molecule(smiles))
+        n_atoms = self._mol.GetNumAtoms()
+        conformer = Chem.Conformer(n_atoms)
+        conformer.SetPositions(checked_positions(n_atoms, positions))
+        self._mol.RemoveAllConformers()
+        self._mol.AddConformer(conformer, assignId=True)
+        name = force_field_name(self._mol)
+        if name is None:
+            raise InputError(f"neither MMFF94 nor UFF has parameters for {smiles!r}")
+        self.name: ForceFieldName = name
+        self._field = build(self._mol, name)
+
+    def gradient(self, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gradient of the energy (N, 3) in eV/Å."""
+        flat = positions.ravel().tolist()
+        # Its distances are those of the last energy: without one the gradient is of old ones.
+        self._field.CalcEnergy(flat)
+        gradient = np.array(self._field.CalcGrad(flat), dtype=np.float64).reshape(-1, 3)
+        return gradient * KCAL_TO_EV
+
+    def hessian(self, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Second derivatives of the energy (3N, 3N) in eV/Å², by central differences."""
+        size = positions.size
+        rows = np.empty((size, size))
+        for i in range(size):
+            moved = positions.copy()
+            moved.flat[i] += self._DISPLACEMENT
+            forward = self.gradient(moved)
+            moved.flat[i] -= 2 * self._DISPLACEMENT
+            rows[i] = (forward - self.gradient(moved)).ravel() / (2 * self._DISPLACEMENT)
+        return 0.5 * (rows + rows.T)
+
+
+def compliance(
+    hessian: NDArray[np.float64], positions: NDArray[np.float64], softest: float
+) -> NDArray[np.float64]:
+    """Inverse (3N, 3N) in Å²/eV of a Hessian in eV/Å², without translation and rotation.
+
+    Curvatures enter by their size and count as `softest` eV/Å² at least, so that the answer to a
+    force stays finite and downhill, also at a saddle.
+    """
+    inner = _inner(positions)
+    curvature, modes = np.linalg.eigh(inner @ hessian @ inner)
+    inverse = (modes / np.maximum(np.abs(curvature), softest)) @ modes.T
+    answer: NDArray[np.float64] = inner @ inverse @ inner
+    return answer
+
+
+def _inner(positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Projector (3N, 3N) that takes translation and rotation out of a displacement."""
+    centred = positions - positions.mean(axis=0)
+    axes = np.eye(3)
+    rigid = [np.tile(axis, (len(centred), 1)).ravel() for axis in axes]
+    rigid += [np.cross(axis, centred).ravel() for axis in axes]
+    vectors, sizes, _ = np.linalg.svd(np.array(rigid).T, full_matrices=False)
+    # An atom alone and a linear molecule have fewer than six rigid motions.
+    vectors = vectors[:, sizes > 1e-6 * sizes[0]]
+    projector: NDArray[np.float64] = np.eye(centred.size) - vectors @ vectors.T
+    return projector
+
+
 def force_field_name(mol: Chem.Mol) -> ForceFieldName | None:
     """Name the force field that covers a molecule with explicit hydrogens, None if none does."""
     from rdkit.Chem import rdForceFieldHelpers

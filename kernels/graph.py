@@ -7,6 +7,7 @@ canonical isomeric SMILES. Every geometry of a molecule follows it, whatever fil
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -190,6 +191,25 @@ def rdkit_molecule(smiles: str) -> Chem.Mol:
     from rdkit import Chem
 
     return Chem.AddHs(_mol_from_smiles(smiles))
+
+
+# Kinds of bonds in a matrix of bond orders; 0 stands for none.
+_BOND_ORDERS: Mapping[str, int] = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}
+_OTHER_BOND = 5
+
+
+def bond_orders(smiles: str) -> NDArray[np.int64]:
+    """Bond orders (N, N) of a molecule in the canonical order of its atoms.
+
+    0 none, 1 single, 2 double, 3 triple, 4 aromatic, 5 any other.
+    """
+    molecule = rdkit_molecule(smiles)
+    n_atoms = molecule.GetNumAtoms()
+    orders = np.zeros((n_atoms, n_atoms), np.int64)
+    for bond in molecule.GetBonds():
+        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        orders[i, j] = orders[j, i] = _BOND_ORDERS.get(str(bond.GetBondType()), _OTHER_BOND)
+    return orders
 
 
 def _mol_from_smiles(smiles: str) -> Chem.Mol:

@@ -275,19 +275,10 @@ def _model(model: str, digest: str, gpu: bool) -> Model:
 def _start(payload: Payload, model: Model) -> Start | KernelError:
     """Return where a diffusion starts, with the bonds if the model looks at them."""
     from kernels.diffusion.process import Start
-    from orchestrator.training_data import bond_orders
 
     assert payload.numbers is not None
     assert payload.positions is not None
-    graph = None
-    if model.config.architecture != "edm":
-        if not payload.smiles:
-            return InputError(
-                f"model {model.name!r} looks at the bonds, and no SMILES is known for this "
-                "molecule; use a model that needs none"
-            )
-        graph = bond_orders(payload.smiles, payload.numbers)
-    return Start(payload.numbers, payload.positions, payload.seed, graph)
+    return Start(payload.numbers, payload.positions, payload.seed, payload.smiles)
 
 
 def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:

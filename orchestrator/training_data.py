@@ -27,14 +27,26 @@ if TYPE_CHECKING:
     from kernels.diffusion.training import TrainingSet
     from orchestrator.train_file import DataTable
 
-_BOND_ORDERS: Final = {"SINGLE": 1, "DOUBLE": 2, "TRIPLE": 3, "AROMATIC": 4}
+
+class Around(NamedTuple):
+    """The force field around a geometry, in float32.
+
+    ``gradient`` (N, 3) in eV/Å; ``compliance`` (N, N, 3, 3) in Å²/eV, the inverse of its Hessian;
+    ``displaced`` (N, 3) in Å, the force field's own minimum near by, or the geometry itself where
+    that minimum is another conformer.
+    """
+
+    gradient: NDArray[np.float32]
+    compliance: NDArray[np.float32]
+    displaced: NDArray[np.float32]
 
 
 class Geometry(NamedTuple):
     """One geometry to learn from.
 
     ``numbers`` (N,); ``positions`` (N, 3) in Å; ``smiles`` is "" where it is not known;
-    ``partner`` (N, 3) in Å is the geometry that its relaxation started from, if there was one.
+    ``partner`` (N, 3) in Å is the geometry that its relaxation started from, if there was one;
+    ``force_field`` is what the force field says there, if that was asked for.
     """
 
     name: str
@@ -42,6 +54,7 @@ class Geometry(NamedTuple):
     positions: NDArray[Any]
     smiles: str = ""
     partner: NDArray[Any] | None = None
+    force_field: Around | None = None
 
 
 @dataclass(slots=True)
@@ -93,8 +106,14 @@ def read_data(
             if elements is not None and not set(geometry.numbers.tolist()) <= set(elements):
                 summary.left_out["an element that the model has not"] += 1
                 continue
-            taken += 1
             part = split_of(geometry.name or geometry.smiles)
+            if part in parts and "force_field" in data.extra:
+                around = _around(geometry)
+                if around is None:
+                    summary.left_out["no force field has its parameters"] += 1
+                    continue
+                geometry = geometry._replace(force_field=around)
+            taken += 1
             summary.parts[part] += 1
             if part in parts:
                 parts[part].append(geometry)
@@ -116,6 +135,35 @@ def read_data(
     return _set(data, parts["training"]), _set(data, parts["validation"]), summary
 
 
+# A minimum farther away than this (root mean square, Å) is another conformer's.
+_SAME_CONFORMER: Final = 0.4
+
+
+def _around(geometry: Geometry) -> Around | None:
+    from kernels.diffusion.guide import SOFTEST
+    from kernels.errors import KernelError
+    from kernels.forcefield import Surface, compliance, minimise
+    from orchestrator.alignment import superpose
+
+    x = np.asarray(geometry.positions, np.float64)
+    n_atoms = len(x)
+    try:
+        surface = Surface(geometry.smiles, x)
+        inverse = compliance(surface.hessian(x), x, SOFTEST)
+        displaced = minimise(geometry.smiles, x, max_steps=2000).positions
+    except KernelError:
+        return None
+    displaced = superpose(displaced, x)
+    if np.sqrt(((displaced - x) ** 2).sum(axis=1).mean()) > _SAME_CONFORMER:
+        displaced = x
+    pairs = inverse.reshape(n_atoms, 3, n_atoms, 3).transpose(0, 2, 1, 3)
+    return Around(
+        surface.gradient(x).astype(np.float32),
+        pairs.astype(np.float32),
+        displaced.astype(np.float32),
+    )
+
+
 def _update(digest: Any, geometry: Geometry) -> None:
     digest.update(geometry.name.encode() + b"\0")
     digest.update(np.ascontiguousarray(geometry.numbers, np.uint8).tobytes())
@@ -124,12 +172,17 @@ def _update(digest: Any, geometry: Geometry) -> None:
 
 def _set(data: DataTable, members: list[Geometry]) -> TrainingSet:
     from kernels.diffusion.training import TrainingSet
+    from kernels.graph import bond_orders
 
     extra: dict[str, list[NDArray[Any]]] = {}
     if "partner" in data.extra:
         extra["partner"] = [g.partner for g in members if g.partner is not None]
     if "bonds" in data.extra:
-        extra["bonds"] = [bond_orders(g.smiles, g.numbers) for g in members]
+        extra["bonds"] = [bond_orders(g.smiles) for g in members]
+    if "force_field" in data.extra:
+        found = [g.force_field for g in members if g.force_field is not None]
+        for name in ("gradient", "compliance", "displaced"):
+            extra[name] = [getattr(one, name) for one in found]
     return TrainingSet(
         [g.name for g in members],
         [g.numbers for g in members],
@@ -138,19 +191,8 @@ def _set(data: DataTable, members: list[Geometry]) -> TrainingSet:
     )
 
 
-def bond_orders(smiles: str, numbers: NDArray[Any]) -> NDArray[np.int64]:
-    """Bond orders (N, N) of a molecule in the order of its atoms.
-
-    0 none, 1 single, 2 double, 3 triple, 4 aromatic, 5 any other.
-    """
-    from kernels.graph import rdkit_molecule
-
-    molecule = rdkit_molecule(smiles)
-    orders = np.zeros((len(numbers), len(numbers)), np.int64)
-    for bond in molecule.GetBonds():
-        i, j = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
-        orders[i, j] = orders[j, i] = _BOND_ORDERS.get(str(bond.GetBondType()), 5)
-    return orders
+def _needs_bonds(data: DataTable) -> bool:
+    return bool({"bonds", "force_field"} & set(data.extra))
 
 
 def _kind(source: str, base: Path) -> tuple[str, list[Path]]:
@@ -189,7 +231,7 @@ def _from_file(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Ge
     for entry in read_entries([path], source):
         if entry.molecule is None or entry.positions is None:
             summary.left_out["a record that cannot be read"] += 1
-        elif "bonds" in data.extra and not entry.molecule.smiles:
+        elif _needs_bonds(data) and not entry.molecule.smiles:
             summary.left_out["bonds that cannot be perceived"] += 1
         else:
             yield Geometry(
@@ -240,7 +282,7 @@ def _from_store(data: DataTable, path: Path, summary: DataSummary) -> Iterator[G
     for row in range(len(rows)):
         molecule = int(at[row])
         text = smiles[molecule] if molecule >= 0 else ""
-        if "bonds" in data.extra and not text:
+        if _needs_bonds(data) and not text:
             summary.left_out["bonds that are not known"] += 1
             continue
         partner = None

@@ -6,10 +6,10 @@ its own seed and the step alone, so that its path is the same in any company.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.diffusion.checkpoint import Model
 from kernels.diffusion.egnn import elements_of, features
+from kernels.diffusion.guide import Evaluate, Guide, guided
 from kernels.diffusion.noise import centred_normal
 from kernels.diffusion.schedule import ReverseStep, Schedule
 from kernels.errors import InputError, KernelError, NotFiniteError, ResourceError
@@ -42,14 +43,14 @@ _CPU_MEMORY = 2**30
 class Start:
     """A geometry to relax: `numbers` (N,) uint8, `positions` (N, 3) float64 in Å.
 
-    `seed` (0 to 2^128 - 1) determines the noise; `graph` (N, N), for networks that are
-    conditioned on it, the bond orders between atoms.
+    `seed` (0 to 2^128 - 1) determines the noise; `smiles`, in whose canonical order the atoms
+    are, tells the bonds to models that need them ("": not known).
     """
 
     numbers: NDArray[np.uint8]
     positions: NDArray[np.float64]
     seed: int
-    graph: NDArray[Any] | None = None
+    smiles: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ class DiffuseSettings:
     "published" takes the geometry for z_n as it is, lets the features evolve, adds the noise of
     the ancestral process and of its decoding (Rothchild et al., Chem. Sci. 2024, 15, 13506).
     "deterministic" adds no noise and resets the features before every step; its last frame is the
-    mean of the positions given z_0. `precision` is that of the network's matrix products.
+    mean of the positions given z_0. Models of architecture "basin" know no other than
+    "deterministic", and go their own way there (`kernels.diffusion.guide`). `precision` is that
+    of the network's matrix products.
     """
 
     n: int
@@ -135,21 +138,27 @@ def diffuse(
         raise InputError(
             f"n = {settings.n}: model {model.name!r} has {model.schedule.steps} diffusion steps"
         )
+    if model.config.architecture == "basin" and settings.protocol != "deterministic":
+        raise InputError(
+            f"protocol {settings.protocol!r}: model {model.name!r} is of architecture basin, which "
+            "predicts minima and no noise; choose deterministic, or a model of architecture edm"
+        )
     results: list[DiffusionPath | KernelError | None] = [None] * len(starts)
-    buckets: dict[tuple[int, bool], list[int]] = {}
+    buckets: dict[int, list[int]] = {}
     for index, start in enumerate(starts):
         problem = _problem(model, start)
         if problem is not None:
             results[index] = problem
         else:
-            buckets.setdefault((len(start.numbers), start.graph is None), []).append(index)
-    for (n_atoms, _), members in sorted(buckets.items()):
+            buckets.setdefault(len(start.numbers), []).append(index)
+    batches = _guide_batch if model.config.architecture == "basin" else _diffuse_batch
+    for n_atoms, members in sorted(buckets.items()):
         size = _batch_size(model, n_atoms, memory_limit, batch_pairs)
         waiting = [members[at : at + size] for at in range(0, len(members), size)][::-1]
         while waiting:
             batch = waiting.pop()
             try:
-                paths = _diffuse_batch(model, [starts[index] for index in batch], settings)
+                paths = batches(model, [starts[index] for index in batch], settings)
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -229,9 +238,6 @@ def _diffuse_batch(
     origin = np.stack([start.positions.mean(axis=0) for start in starts])
     given = np.stack([start.positions for start in starts]) - origin[:, None]
     numbers = torch.from_numpy(np.stack([start.numbers for start in starts])).to(device).long()
-    graph = None
-    if starts[0].graph is not None:
-        graph = torch.from_numpy(np.stack([np.asarray(start.graph) for start in starts])).to(device)
 
     with torch.inference_mode(), _precision(settings.precision, device) as evaluate:
         clean = features(numbers, config)
@@ -244,7 +250,7 @@ def _diffuse_batch(
 
         def step(n: int, coefficients: ReverseStep) -> tuple[Tensor, Tensor]:
             time = torch.full((len(starts),), n / schedule.steps, device=device)
-            eps_x, eps_h = evaluate(model.network, x, h if ancestral else clean, time, graph)
+            eps_x, eps_h = evaluate(model.network, x, h if ancestral else clean, time)
             noise_x = noise_h = None
             if ancestral:
                 # n - 1 of this step; the decoding from z_0 has a counter of its own.
@@ -261,20 +267,47 @@ def _diffuse_batch(
         frames[settings.n] = step(0, schedule.decode_step())[0]
         found = frames.cpu().numpy().astype(np.float64) * x_scale
 
-    levels = np.arange(settings.n, -1, -1, dtype=np.int32)
-    paths: list[DiffusionPath | KernelError] = []
-    for index in range(len(starts)):
-        path = found[:, index] + origin[index]
-        if np.isfinite(path).all():
-            paths.append(DiffusionPath(path.astype(np.float32), levels, int(changed[index])))
-            continue
-        first = int(np.flatnonzero(~np.isfinite(path).all(axis=(1, 2)))[0])
-        paths.append(
-            NotFiniteError(
-                f"the positions became NaN or infinite at diffusion step n = {levels[first]}"
-            )
-        )
-    return paths
+    return [
+        _path(found[:, index] + origin[index], settings.n, int(changed[index]))
+        for index in range(len(starts))
+    ]
+
+
+def _path(frames: NDArray[np.float64], n: int, changed: int) -> DiffusionPath | KernelError:
+    levels = np.arange(n, -1, -1, dtype=np.int32)
+    finite = np.isfinite(frames).all(axis=(1, 2))
+    if finite.all():
+        return DiffusionPath(frames.astype(np.float32), levels, changed)
+    return NotFiniteError(
+        "the positions became NaN or infinite at diffusion step "
+        f"n = {levels[int(np.flatnonzero(~finite)[0])]}"
+    )
+
+
+def _guide_batch(
+    model: Model, starts: Sequence[Start], settings: DiffuseSettings
+) -> list[DiffusionPath | KernelError]:
+    made = [_guide(start) for start in starts]
+    fit = [index for index, guide in enumerate(made) if isinstance(guide, Guide)]
+    results: list[DiffusionPath | KernelError | None] = [
+        guide if isinstance(guide, KernelError) else None for guide in made
+    ]
+    if fit:
+        numbers = np.stack([starts[index].numbers for index in fit])
+        positions = np.stack([starts[index].positions for index in fit])
+        members = [guide for guide in made if isinstance(guide, Guide)]
+        with torch.inference_mode(), _precision(settings.precision, model.device) as evaluate:
+            frames = guided(model, evaluate, members, numbers, positions, settings.n)
+        for row, index in enumerate(fit):
+            results[index] = _path(frames[:, row], settings.n, 0)
+    return [result for result in results if result is not None]
+
+
+def _guide(start: Start) -> Guide | KernelError:
+    try:
+        return Guide(start.smiles, start.positions)
+    except KernelError as error:
+        return error
 
 
 def _noise(starts: Sequence[Start], step: int, n_atoms: int, n_features: int) -> Tensor:
@@ -283,15 +316,16 @@ def _noise(starts: Sequence[Start], step: int, n_atoms: int, n_features: int) ->
     )
 
 
-Evaluate = Callable[[torch.nn.Module, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-
 @contextmanager
 def _precision(precision: Precision, device: torch.device) -> Iterator[Evaluate]:
     """Give a function that calls a network at a precision; its results are float32."""
 
     def evaluate(
-        network: torch.nn.Module, x: Tensor, h: Tensor, level: Tensor, graph: Tensor | None
+        network: torch.nn.Module,
+        x: Tensor,
+        h: Tensor,
+        level: Tensor,
+        graph: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             eps_x, eps_h = network(x, h, level, graph)

@@ -28,6 +28,7 @@ from torch import Generator, Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from kernels.diffusion import refiner
 from kernels.diffusion.egnn import ModelConfig, build, features
 from kernels.diffusion.schedule import Schedule
 from kernels.errors import InputError, NotFiniteError
@@ -300,10 +301,10 @@ def edm(
     return wrong / (x.shape[1] * (3 + h.shape[2]))
 
 
-OBJECTIVES: Final[dict[str, Objective]] = {"edm": edm}
+OBJECTIVES: Final[dict[str, Objective]] = {"edm": edm, "force-field": refiner.objective}
 
 # What an objective needs of each molecule beside numbers and positions.
-NEEDS: Final[dict[str, tuple[str, ...]]] = {"edm": ()}
+NEEDS: Final[dict[str, tuple[str, ...]]] = {"edm": (), "force-field": ("bonds", "force_field")}
 
 
 def _on(values: NDArray[np.float64], device: torch.device) -> Tensor:
