@@ -725,16 +725,15 @@ def _check_tree(raw: Mapping[str, Any], problems: _Problems) -> None:
                 f"{problems.line(('stages', first))}) has this name too; give one of them another, "
                 f'such as name = "{_stage_name(stage)}-2"',
             )
-        elif len(names) < len(made[index]):
-            # Values that repeat are reported by themselves.
-            models = _as_list(stage.get("model"))
-            if len({str(model) for model in models}) == len(models):
-                problems.add_value(
-                    ("stages", index, "model"),
-                    models,
-                    "two of these files have the same name, after which the stages would be "
-                    "named; rename one",
-                )
+        models = _as_list(stage.get("model")) if isinstance(stage, dict) else []
+        # The same file twice is reported by itself.
+        if len(set(map(_stem, models))) < len(models) == len(set(map(str, models))):
+            problems.add_value(
+                ("stages", index, "model"),
+                models,
+                "two of these files have the same name, after which the stages would be named; "
+                "rename one",
+            )
         seen.update((name, index) for name in names if name and name not in seen)
         origin = stage.get("from") if isinstance(stage, dict) else None
         if isinstance(origin, str):

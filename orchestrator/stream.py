@@ -23,8 +23,8 @@ _COST = {
     "embed": (2.6, 0.002),
     "mmff": (2.6, 0.003),
     "relax": (2.0, 0.2),
-    "diffuse": (2.0, 0.008),
-    "single_points": (2.0, 0.01),
+    "diffuse": (2.0, 0.005),
+    "single_points": (2.0, 0.006),
     "rehearse": (0.0, 0.001),
 }
 

@@ -25,6 +25,8 @@ NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 TOP: Final = "at the top of the file, above the first [table]"
 
+_NEAR: Final = 8
+
 Location: TypeAlias = tuple[str | int, ...]
 
 
@@ -86,8 +88,8 @@ def _nearby(path: Path) -> str:
         found.values(),
         key=lambda name: -difflib.SequenceMatcher(None, Path(name).name, path.name).ratio(),
     )
-    more = f" and {len(near) - 5} more" if len(near) > 5 else ""
-    return f"; near it: {', '.join(near[:5])}{more}"
+    more = f" and {len(near) - _NEAR} more" if len(near) > _NEAR else ""
+    return f"; near it: {', '.join(near[:_NEAR])}{more}"
 
 
 _TOML_POSITION: Final = re.compile(r"\s*\(at (?:line (\d+), column (\d+)|end of document)\)$")
@@ -210,6 +212,8 @@ class Problems:
         """A value as it stands in the file, before any conversion."""
         found: Any = self.raw
         for part in location:
+            if isinstance(found, str):
+                return otherwise  # one value where a list may stand
             try:
                 found = found[part]
             except (KeyError, IndexError, TypeError):
@@ -254,7 +258,7 @@ class Problems:
             self._missing(location)
         elif kind == "extra_forbidden":
             self._unknown(location, value)
-        elif kind == "too_short" and value:
+        elif kind == "too_short" and value != []:
             pass  # not short in the file: its members have problems of their own
         else:
             info = self._field_info(detail["loc"])

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from kernels.diffusion import model_files
 from orchestrator.campaign import (
     Campaign,
+    DiffuseStage,
     EmbedStage,
     RelaxStage,
     describe_fields,
     load_campaign,
 )
 from orchestrator.errors import CampaignError
+from tests.orchestrator.tiny_models import write_model
 
 ROOT = Path(__file__).parents[2]
 HEAD = 'name = "first"\n[molecules]\nfiles = ["a.smi"]\n'
@@ -26,7 +29,7 @@ RELAX = '[[stages]]\nkernel = "relax"\n'
 # Words of the validation library, which mean nothing to a person with a campaign file.
 JARGON = re.compile(
     r"Input should|type=|input_value|pydantic|https?://|extra_forbidden|validation error|Field "
-    r"required|Extra inputs|model_|union_tag|literal_error|traceback",
+    r"required|Extra inputs|model_type|model_attr|union_tag|literal_error|traceback",
     re.IGNORECASE,
 )
 
@@ -251,7 +254,7 @@ def test_a_missing_file_lists_what_is_near(tmp_path: Path) -> None:
     message = str(error.value)
     assert "there is no such file" in message
     assert message.index("quickstart.toml") < message.index("another.toml")
-    with pytest.raises(CampaignError, match=r"is a folder.*quickstart\.toml"):
+    with pytest.raises(CampaignError, match=r"is a folder.*another\.toml"):
         load_campaign(tmp_path)
 
 
@@ -263,6 +266,160 @@ def test_a_wildcard_is_judged_by_the_files_it_finds(tmp_path: Path) -> None:
     assert "a.smi" in message
     assert "notes.txt" in message
     assert load(tmp_path, HEAD.replace("a.smi", "*.sdf.gz") + RELAX).stages[0].from_ is None
+
+
+# Diffusion models, and lists of what to do with them
+
+
+MMFF = '[[stages]]\nkernel = "mmff"\n'
+
+
+def diffused(fields: str) -> str:
+    return HEAD + EMBED + MMFF + f'[[stages]]\nname = "diffused"\nkernel = "diffuse"\n{fields}\n'
+
+
+def tree(campaign: Campaign) -> dict[str, str | None]:
+    return {stage.name: stage.from_ for stage in campaign.stages}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    for name in ("first", "second"):
+        write_model(tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def test_plain_values_give_plain_names(models: Path) -> None:
+    campaign = load(models, diffused('model = "first.safetensors"\nn = 20') + RELAX)
+    assert tree(campaign) == {
+        "embed": None, "mmff": "embed", "diffused": "mmff", "relax": "diffused",
+    }  # fmt: skip
+    stage = campaign.stage("diffused")
+    assert isinstance(stage, DiffuseStage)
+    assert (stage.n, stage.model) == ((20,), (str(models / "first.safetensors"),))
+    assert stage.words() == "first, n = 20, deterministic"
+    assert stage.memory_limit == 4_000_000_000
+
+
+def test_a_list_becomes_a_stage_for_each_value_with_all_that_starts_from_it(models: Path) -> None:
+    more = '[[stages]]\nname = "energies"\nkernel = "single_points"\n'
+    text = diffused('model = "first.safetensors"\nn = [20, 50]') + RELAX + more
+    again = '[[stages]]\nname = "again"\nkernel = "relax"\nfrom = "relax"\nfmax = 0.01\n'
+    one = '[[stages]]\nname = "far"\nkernel = "single_points"\nfrom = "diffused-50"\nline = true\n'
+    assert tree(load(models, text + again + one)) == {
+        "embed": None, "mmff": "embed", "diffused-20": "mmff", "diffused-50": "mmff",
+        "relax-20": "diffused-20", "relax-50": "diffused-50",
+        "energies-20": "relax-20", "energies-50": "relax-50",
+        "again-20": "relax-20", "again-50": "relax-50", "far": "diffused-50",
+    }  # fmt: skip
+
+
+def test_models_multiply_the_stages_too(models: Path) -> None:
+    fields = 'model = ["first.safetensors", "second.safetensors"]\nn = [5, 9]'
+    campaign = load(models, diffused(fields) + RELAX)
+    assert [name for name in tree(campaign) if name.startswith("relax")] == [
+        "relax-5-first", "relax-5-second", "relax-9-first", "relax-9-second",
+    ]  # fmt: skip
+    stage = campaign.stage("diffused-9-second")
+    assert isinstance(stage, DiffuseStage)
+    assert (stage.n, Path(stage.model[0]).stem) == ((9,), "second")
+
+
+def test_nothing_starts_from_energies_by_default(models: Path) -> None:
+    energies = '[[stages]]\nname = "energies"\nkernel = "single_points"\nfrom = "mmff"\n'
+    campaign = load(models, HEAD + EMBED + MMFF + energies + RELAX)
+    assert campaign.stage("relax").from_ == "mmff"
+
+
+def test_a_shipped_model_goes_by_its_name(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_files, "WEIGHTS", models)
+    stage = load(models, diffused('model = "first"\nn = 20')).stage("diffused")
+    assert isinstance(stage, DiffuseStage)
+    # The file is elsewhere on another machine.
+    assert stage.model == ("first",)
+    assert stage.settings()["model"] == model_files.digest(models / "first.safetensors")
+    message = message_of(models, diffused('model = "frist"\nn = 20'))
+    assert ':11: stage 3 (diffused): model = "frist"' in message
+    assert 'did you mean "first"?' in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ("n = 20", ["stage 3 (diffused): model is missing"]),
+        ('model = "first.safetensors"', ["stage 3 (diffused): n is missing"]),
+        ('model = "first.safetensors"\nn = []', [":12:", "n = []", "is empty", "[20, 50]"]),
+        ("model = []\nn = 5", ["model = []", "is empty", ".safetensors"]),
+        ('model = ""\nn = 5', ['model = ""', "is empty"]),
+        ('model = "first.safetensors"\nn = 0', ["n = 0", "at least 1"]),
+        ('model = "first.safetensors"\nn = "20"', ['n = "20"', "whole number, without quotes"]),
+        ('model = "first.safetensors"\nn = 20.5', ["n = 20.5", "whole number"]),
+        ('model = "first.safetensors"\nn = true', ["n = true", "whole number"]),
+        (
+            'model = "first.safetensors"\nn = [20, 101]',
+            [":12:", "n = 101", '"first.safetensors" has 100 diffusion steps', "1 to 100"],
+        ),
+        ('model = "first.safetensors"\nn = [20, 20]', ["n = [20, 20]", "holds 20 twice"]),
+        (
+            'model = "first.safetensors"\nn = 5\nprotocol = "publisched"',
+            [":13:", '"publisched"', 'did you mean "published"?'],
+        ),
+        (
+            'model = "frist.safetensors"\nn = 5',
+            [":11:", "there is no such file", "holds first.safetensors"],
+        ),
+        ('model = "notes.safetensors"\nn = 5', ["is no Basin checkpoint", "basin model import"]),
+        ('model = ["first.safetensors", 7]\nn = 5', ["must be text in quotes"]),
+        (
+            'model = ["first.safetensors", "more/first.safetensors"]\nn = 5',
+            ["have the same name", "rename one"],
+        ),
+        ('model = "$NO_SUCH_PLACE/a.safetensors"\nn = 5', ["$NO_SUCH_PLACE", "not set"]),
+        (
+            'model = "first.safetensors"\nn = 5\n' + RELAX + 'from = "diffuzed"',
+            ['from = "diffuzed"', 'did you mean "diffused"'],
+        ),
+        (
+            'model = "first.safetensors"\nn = 5\n[[stages]]\nname = "e"\nkernel = "single_points"\n'
+            + RELAX
+            + 'from = "e"',
+            [":18:", 'from = "e"', "no geometry to start from", '"diffused"'],
+        ),
+        (
+            'model = "first.safetensors"\nn = [5]\n' + RELAX + 'name = "diffused-5"\n',
+            ['name = "diffused-5"', "stage 3 (line 8) has this name too"],
+        ),
+        (
+            'model = "first.safetensors"\nn = 5\n[[stages]]\nkernel = "single_points"\n'
+            'level = "GFN2"\n',
+            ['level = "GFN2"', 'did you mean "GFN2-xTB"?'],
+        ),
+    ],
+)
+def test_one_slip_with_a_model(models: Path, fields: str, parts: list[str]) -> None:
+    (models / "notes.safetensors").write_bytes(b"not a model at all")
+    (models / "more").mkdir()
+    write_model(models / "more" / "first.safetensors", seed=1)
+    message = message_of(models, diffused(fields))
+    assert len(message.splitlines()) == 1, message
+    for part in parts:
+        assert part in message
+
+
+def test_readers_do_not_need_the_model(models: Path) -> None:
+    text = diffused('model = "first.safetensors"\nn = 20')
+    store = load(models, text).store
+    (models / "first.safetensors").unlink()
+    assert load_campaign(models / "first.toml", with_models=False).store == store
+    with pytest.raises(CampaignError, match="no such file"):
+        load_campaign(models / "first.toml")
+
+
+def test_a_model_that_goes_after_loading_is_named(models: Path) -> None:
+    stage = load(models, diffused('model = "first.safetensors"\nn = 20')).stage("diffused")
+    (models / "first.safetensors").unlink()
+    with pytest.raises(CampaignError, match=r'stage "diffused": model: .*first\.safetensors'):
+        stage.settings()
 
 
 def test_a_program_that_is_not_installed_names_the_command(
@@ -279,11 +436,16 @@ def test_a_program_that_is_not_installed_names_the_command(
         stage.programs()
 
 
-def test_loading_starts_no_heavy_library() -> None:
-    heavy = ["rdkit", "ase", "parsl", "tblite", "scipy", "pandas", "duckdb", "pyarrow"]
+def test_loading_starts_no_heavy_library(tmp_path: Path) -> None:
+    heavy = ["rdkit", "ase", "parsl", "tblite", "scipy", "pandas", "duckdb", "pyarrow", "torch"]
+    text = diffused('model = "little.safetensors"\nn = 20') + RELAX
+    (tmp_path / "first.toml").write_text(text)
+    write_model(tmp_path / "little.safetensors")
     code = (
         "import sys, pathlib, orchestrator.campaign as c\n"
         "c.load_campaign(pathlib.Path('jobs/quickstart.toml'))\n"
+        f"campaign = c.load_campaign(pathlib.Path({str(tmp_path / 'first.toml')!r}))\n"
+        "[stage.settings() for stage in campaign.stages]\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run(

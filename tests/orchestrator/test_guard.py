@@ -73,6 +73,58 @@ def test_a_memory_hog_gets_twice_the_memory_and_is_then_given_up(guard: Guard) -
     assert outcomes["bad"]["attempts"] == 2
 
 
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [("segfault", "crash"), ("exit", "crash"), ("error", "crash"), ("memory", "resource")],
+)
+def test_a_batch_that_breaks_down_costs_its_guilty_item_alone(
+    guard: Guard, fault: str, status: str
+) -> None:
+    smiles = ["C", "CC", "CCC", "bad", "CCCC", "N"]
+    outcomes = run(
+        guard,
+        smiles,
+        {"bad": fault},
+        memory_limit=250_000_000,
+        batches=[[0, 1], [4, 3, 2], [5]],
+    )
+    assert [outcomes[s]["status"] for s in (*GOOD, "N")] == ["ok"] * 5
+    assert outcomes["bad"]["status"] == status
+    # What the batch went through is not charged to the others.
+    assert [outcomes[s]["attempts"] for s in (*GOOD, "N")] == [1] * 5
+
+
+def test_a_batch_has_its_items_time_limits_together(guard: Guard) -> None:
+    slow = run(guard, GOOD, {}, seconds=0.4, time_limit=1.0, batches=[[0, 1, 2, 3]])
+    assert [slow[s]["status"] for s in GOOD] == ["ok"] * 4
+    assert guard.restarts == 0
+    hanging = run(guard, ["C", "bad", "CC"], {"bad": "hang"}, time_limit=0.5, batches=[[0, 1, 2]])
+    assert [hanging[s]["status"] for s in ("C", "CC")] == ["ok"] * 2
+    assert hanging["bad"]["status"] == "timeout"
+
+
+def test_time_of_a_batch_is_shared_out(guard: Guard) -> None:
+    outcomes = run(guard, GOOD, {}, seconds=0.1, batches=[[0, 1, 2, 3]])
+    walls = [float(str(outcomes[s]["wall_s"])) for s in GOOD]
+    assert max(walls) == min(walls)
+    assert 0.4 <= sum(walls) < 4.0
+
+
+def test_a_stop_is_honoured_between_batches(guard: Guard) -> None:
+    began = time.monotonic()
+    smiles = ["C" * (i + 1) for i in range(60)]
+    outcomes = run(
+        guard,
+        smiles,
+        {},
+        seconds=0.05,
+        batches=[list(range(at, at + 3)) for at in range(0, 60, 3)],
+        should_stop=lambda: time.monotonic() - began > 0.8,
+    )
+    assert 0 < len(outcomes) < 60
+    assert len(outcomes) % 3 == 0
+
+
 def test_a_child_killed_from_outside_is_replaced_and_every_item_still_ends(guard: Guard) -> None:
     killed: list[int] = []
 

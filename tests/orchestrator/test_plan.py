@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels import embedding, forcefield
+from kernels.diffusion import model_files
 from kernels.graph import parse_smiles
 from orchestrator import campaign as campaign_module
 from orchestrator.campaign import load_campaign
@@ -18,6 +19,7 @@ from orchestrator.key_index import KeyIndex
 from orchestrator.plan import Plan, Root, standing
 from orchestrator.schema import STATUSES
 from tests.orchestrator.run_fixtures import write_campaign
+from tests.orchestrator.tiny_models import write_model
 
 EMBED = 'kernel = "embed"\n'
 MMFF = 'kernel = "mmff"\n'
@@ -176,6 +178,73 @@ def test_more_conformers_keep_the_first_ones(tmp_path: Path) -> None:
 def test_the_same_stage_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CampaignError, match="again: computes exactly what stage 'mmff' computes"):
         plan(tmp_path, EMBED, MMFF, 'name = "again"\nkernel = "mmff"\nfrom = "embed"\n')
+
+
+# Stages with a diffusion model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "little.safetensors")
+
+
+def diffuse(model: str = "little.safetensors", n: str = "20", *lines: str) -> str:
+    return "\n".join([f'kernel = "diffuse"\nmodel = "{model}"\nn = {n}', *lines, ""])
+
+
+def test_the_key_of_a_diffusion_holds_what_the_model_is_and_not_where(
+    tmp_path: Path, model: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "copy.safetensors").write_bytes(model.read_bytes())
+    one = plan(tmp_path, EMBED, diffuse(), RELAX)
+    made = keys(one)
+    copy = keys(plan(tmp_path, EMBED, diffuse("elsewhere/copy.safetensors"), RELAX))
+    assert copy == made
+    assert one.stages[1].settings["model"] == model_files.digest(model)
+    assert one.stages[1].model == str(model)
+    write_model(model, seed=1)
+    assert changed(made, keys(plan(tmp_path, EMBED, diffuse(), RELAX))) == [False, True, True]
+
+
+@pytest.mark.parametrize("line", ["n = 21", 'protocol = "published"'])
+def test_settings_of_a_diffusion_enter_its_key(tmp_path: Path, model: Path, line: str) -> None:
+    made = keys(plan(tmp_path, EMBED, diffuse(), RELAX))
+    text = diffuse("little.safetensors", line.removeprefix("n = ")) if "n =" in line else None
+    other = keys(plan(tmp_path, EMBED, text or diffuse("little.safetensors", "20", line), RELAX))
+    assert changed(made, other) == [False, True, True]
+
+
+def test_only_a_diffusion_with_noise_depends_on_the_seed(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "molecules.sdf"
+    path.touch()
+    for protocol, depends in (("deterministic", False), ("published", True)):
+        stages = f"[[stages]]\n{diffuse('little.safetensors', '5', f'protocol = {protocol!r}')}"
+        found = []
+        for seed in (0, 1):
+            file = write_campaign(tmp_path, stages=stages, files='["molecules.sdf"]')
+            file.write_text(f"seed = {seed}\n" + file.read_text())
+            found.append(keys(Plan(load_campaign(file))))
+        assert (found[0] != found[1]) == depends
+
+
+def test_single_points_follow_the_path_of_a_diffusion_only(tmp_path: Path, model: Path) -> None:
+    points = 'name = "{0}"\nkernel = "single_points"\nfrom = "{1}"\n'
+    made = plan(
+        tmp_path,
+        EMBED,
+        diffuse(n="[5, 9]"),
+        RELAX,
+        points.format("along", "diffuse"),
+        points.format("at", "embed"),
+        points.format("end", "gfn2"),
+    )
+    found = {s.name: (s.along_path, s.frames) for s in made.stages if s.kernel == "single_points"}
+    assert found == {
+        "along-5": (True, 6), "along-9": (True, 10), "at": (False, 1), "end-5": (False, 1),
+        "end-9": (False, 1),
+    }  # fmt: skip
+    assert made.tasks_per_root() == [1] * len(made.stages)
 
 
 def test_standing_counts_every_planned_task_once(tmp_path: Path) -> None:
