@@ -18,6 +18,7 @@ Indices = NDArray[np.intp]
 
 _ATTEMPTS = 5
 _STEP = 512
+_FROM_NOISE = "generation"
 _PATHS = (
     "key", "mol_key", "parent_key", "stage", "model", "n", "protocol", "connectivity_changed",
     "level", "numbers", "positions",
@@ -32,10 +33,10 @@ class Walk:
     """One diffusion path with the energy of every frame, and the minimum it belongs to.
 
     ``levels`` (F,): diffusion step n of each frame, the start first; ``frames`` (F, N, 3) in Å;
-    ``energies`` (F,) in eV; ``forces`` (F, N, 3) in eV/Å, None where not saved. ``minimum`` (N, 3)
-    and ``minimum_eV``: the geometry relaxed at the same level from the path's end or, where that
-    was not done, from its start (``own`` false); None and NaN where there is neither. ``changed``:
-    bonds changed on the path or in that relaxation.
+    ``energies`` (F,) in eV, NaN where none was found; ``forces`` (F, N, 3) in eV/Å, None where not
+    saved. ``minimum`` (N, 3) and ``minimum_eV``: the geometry relaxed at the same level from the
+    path's end or, where that was not done, from its start (``own`` false); None and NaN where there
+    is neither. ``changed``: bonds changed on the path or in that relaxation.
     """
 
     stage: str
@@ -121,12 +122,12 @@ def _walks(snapshot: Snapshot) -> Iterator[Walk]:
     path_of = Lookup(paths).find(points["parent_key"])
     level, program = points["level"], points["program"]
     for point, path in enumerate(path_of.tolist()):
-        if path < 0:
+        if path < 0 or _word(paths["protocol"], path) == _FROM_NOISE:
             continue
         levels = paths["level"][path].astype(np.int64)
         energies = points["energy_eV"][point].astype(float)
         n_atoms = len(paths["numbers"][path])
-        if len(levels) != len(energies) or not np.isfinite(energies).all():
+        if len(levels) != len(energies):
             continue
         shape = (len(levels), n_atoms, 3)
         forces = points["forces"][point]
@@ -158,8 +159,8 @@ class EnergyCurve:
 
     ``levels`` (F,): diffusion step n of each frame; ``mean``, ``median`` and the quartiles ``low``
     and ``high``, (F,) each, over ``molecules`` paths. ``own``: how many of them were measured from
-    the minimum that their own end relaxes to. ``left_out``: paths whose bonds changed or that have
-    no relaxed minimum.
+    the minimum that their own end relaxes to. ``left_out``: paths whose bonds changed, with an
+    energy missing, or without a relaxed minimum.
     """
 
     stage: str
@@ -186,7 +187,8 @@ def energy_curves(found: Iterable[Walk]) -> list[EnergyCurve]:
     for walks_ in groups.values():
         by_levels: dict[bytes, list[Walk]] = {}
         for walk in walks_:
-            if np.isfinite(walk.minimum_eV) and not walk.changed:
+            known = np.isfinite(walk.minimum_eV) and np.isfinite(walk.energies).all()
+            if known and not walk.changed:
                 by_levels.setdefault(walk.levels.tobytes(), []).append(walk)
         for alike in by_levels.values():
             above = np.array([(w.energies - w.minimum_eV) * EV_TO_KCAL for w in alike])

@@ -57,16 +57,19 @@ def test_stages_and_levels_of_theory_have_curves_of_their_own(tmp_path: Path) ->
     assert found[("diffused-30", "GFN1-xTB")] == (2, pytest.approx(1.0))
 
 
-def test_changed_bonds_and_missing_minima_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_changed_bonds_and_what_is_missing_are_left_out_and_counted(tmp_path: Path) -> None:
     study = Study()
-    for name in ("sound", "fell apart", "never relaxed"):
+    for name in ("sound", "fell apart", "no energy in the middle", "never relaxed"):
         baseline = study.molecule(name)
         path = study.diffuse(baseline, changed=name == "fell apart")
-        study.points(path, np.full(21, 2.0), minimum=baseline)
+        above = np.full(21, 2.0)
+        if name == "no energy in the middle":
+            above[10] = np.nan
+        study.points(path, above, minimum=baseline)
     rows = study.records.tables["relaxations"]
     rows.pop()
     (curve,) = energy_curves(walks(study.store(tmp_path / "store")))
-    assert (curve.molecules, curve.left_out) == (1, 2)
+    assert (curve.molecules, curve.left_out) == (1, 3)
 
 
 def test_forces_come_frame_by_frame(tmp_path: Path) -> None:
