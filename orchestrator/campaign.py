@@ -512,6 +512,18 @@ class RunSettings(Table):
     )
 
 
+class TrainSettings(Table):
+    """`[train]`: a model that learns from the finished campaign, as one task of a pool."""
+
+    file: str = Field(
+        min_length=1,
+        description="Training file, relative to the campaign file; its data may be this store",
+    )
+    pool: _Name = Field(
+        default="gpu", description="Pool of workers, as the site names them, that trains"
+    )
+
+
 class Campaign(Table):
     """One campaign file, read and checked."""
 
@@ -532,7 +544,24 @@ class Campaign(Table):
         strict=False, min_length=1, description="What is done to each molecule, in order"
     )
     run: RunSettings = Field(default=RunSettings(), description="How the work is moved about")
+    train: TrainSettings | None = Field(
+        default=None,
+        json_schema_extra=default("none"),
+        description="The model that is trained when all stages are done",
+    )
     path: Path = Field(description="The campaign file itself", exclude=True)
+
+    @property
+    def training_file(self) -> Path:
+        """The training file that [train] names; only where there is a [train]."""
+        assert self.train is not None
+        return Path(os.path.normpath(self.path.parent / expand(self.train.file)))
+
+    @property
+    def pools(self) -> set[str]:
+        """Every pool that does some of the work."""
+        pools = {stage.pool for stage in self.stages}
+        return pools if self.train is None else pools | {self.train.pool}
 
     def stage(self, name: str) -> Stage:
         """The stage of that name; raises CampaignError naming the nearest."""
@@ -564,6 +593,7 @@ def load_campaign(path: Path, *, with_models: bool = True) -> Campaign:
             problems.translate(detail)
     _check_tree(raw, problems)
     _check_sources(raw, path, problems)
+    _check_training(raw, path, problems)
     if with_models:
         _check_models(raw, path, problems)
     problems.raise_if_any()
@@ -630,7 +660,11 @@ class _Problems(Problems):
             yield f'in a [[stages]] table with kernel = "{kernel}"', keys_of(model)
 
 
-_TABLES: Final[Mapping[str, type[Table]]] = {"molecules": MoleculeSource, "run": RunSettings}
+_TABLES: Final[Mapping[str, type[Table]]] = {
+    "molecules": MoleculeSource,
+    "run": RunSettings,
+    "train": TrainSettings,
+}
 
 
 def _kernels() -> str:
@@ -643,6 +677,7 @@ def _remedies() -> dict[Location, str]:
         ("molecules",): 'is missing; write a [molecules] table with files = ["my.smi"]',
         ("molecules", "files"): 'is missing; write for example files = ["my.smi"]',
         ("stages",): f"is missing; {_kernels()}",
+        ("train", "file"): 'is missing; write for example file = "my-model.toml"',
     }
 
 
@@ -922,6 +957,21 @@ def _digest_of(file: str, modified_ns: int, size: int) -> str:
     return model_files.digest(file)
 
 
+def _check_training(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
+    """The training file is there; what it says is looked at when a run begins."""
+    train = raw.get("train")
+    file = train.get("file") if isinstance(train, dict) else None
+    if not isinstance(file, str) or not file:
+        return
+    try:
+        place = path.resolve().parent / expand(file)
+    except ValueError as error:
+        problems.add_value(("train", "file"), file, str(error))
+        return
+    if not place.is_file():
+        problems.add_value(("train", "file"), file, f"there is no such file in {place.parent}")
+
+
 def _check_sources(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
     """Every named file has a known format, and one with geometries if no stage makes them."""
     source, stages = raw.get("molecules"), raw.get("stages")
@@ -994,14 +1044,14 @@ def describe_fields() -> list[FieldDescription]:
     Fields that only one kernel has are written `stages[relax].fmax`.
     """
     fields = [
-        *_describe("", Campaign, skip={"path", "molecules", "stages", "run"}),
+        *_describe("", Campaign, skip={"path", "molecules", "stages", "run", "train"}),
         *_describe("molecules.", MoleculeSource),
         *_describe("stages.", _StageBase),
     ]
     shared = set(_StageBase.model_fields)
     for kernel, model in STAGES.items():
         fields += _describe(f"stages[{kernel}].", model, skip=shared)
-    return [*fields, *_describe("run.", RunSettings)]
+    return [*fields, *_describe("run.", RunSettings), *_describe("train.", TrainSettings)]
 
 
 def _describe(

@@ -172,6 +172,10 @@ def plan(
         f"from {found.estimates_from})",
         markup=False,
     )
+    if campaign.train is not None:
+        console.print(
+            f"then {campaign.training_file} is trained on pool {campaign.train.pool}", markup=False
+        )
     console.print(f"results go to {campaign.store}", markup=False)
     for pool, script in found.batch_scripts.items():
         console.print(f"\nbatch script for pool {pool}:\n{script.rstrip()}", markup=False)
@@ -279,6 +283,7 @@ def status(place: Place, as_json: JsonOption = False) -> None:
     """
     from orchestrator import lock
     from orchestrator.status import stand
+    from orchestrator.train_stage import said
 
     campaign, store = _campaign_of(place)
     found = stand(campaign, store)
@@ -305,6 +310,8 @@ def status(place: Place, as_json: JsonOption = False) -> None:
         classes = ", ".join(f"{name}: {n:,}" for name, n in sorted(found.failures.items()))
         console.print(f"failures by class: {classes}", markup=False)
     _print_problems(found.problems)
+    if training := said(store.path).get("line"):
+        console.print(f"training: {training}", markup=False)
     if sum(c.waiting for c in found.counts) and not running:
         console.print(f"`basin run {campaign.path}` goes on with what waits", markup=False)
 

@@ -142,7 +142,7 @@ def _roots_of_files(campaign: Campaign, plan: Plan, read: _Read) -> Iterator[lis
 def forecast(campaign: Campaign, site: Site) -> Forecast:
     """Return what a campaign would take on a site; reads, and starts nothing."""
     plan = Plan(campaign)
-    site.require_pools({stage.pool for stage in plan.stages})
+    site.require_pools(campaign.pools)
     snapshot: Snapshot | None = None
     index = KeyIndex()
     try:

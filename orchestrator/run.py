@@ -39,6 +39,7 @@ from orchestrator.schema import STATUSES
 from orchestrator.sites import Site, prepare
 from orchestrator.store import Store
 from orchestrator.stream import Stream
+from orchestrator.train_stage import TrainJob, TrainReceipt, drive, run_training
 from orchestrator.worker import NO_PARENT, NOT_STARTED, Bundle, Receipt, run_bundle, task_record
 
 if TYPE_CHECKING:
@@ -116,13 +117,22 @@ class Driver:
         self.campaign = campaign
         self.site = site
         self.plan = Plan(campaign)
-        site.require_pools({stage.pool for stage in self.plan.stages})
+        site.require_pools(campaign.pools)
+        if campaign.train is not None:
+            # What is wrong in it is better known now than after all the rest.
+            from orchestrator.train_file import load_training
+
+            load_training(campaign.training_file)
         self.store = Store.create(campaign.store, campaign.name)
         self.store.require_writable()
         self.run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:6]}"
         self.show = show
         self.retry_failed = retry_failed
         self.draining = False
+        self._told = False
+        self._training: Callable[[TrainJob], Future[TrainReceipt]] | None = None
+        self._training_words = ""
+        self._trained = campaign.train is None
         self._interrupts = 0
         self._done: queue.SimpleQueue[tuple[Bundle, Future[Receipt]]] = queue.SimpleQueue()
         self._flying: dict[str, Bundle] = {}
@@ -167,6 +177,7 @@ class Driver:
                     estimates = learned_estimates(snapshot, self.plan)
                     self.stream = Stream(self.plan, folder, index, estimates)
                     self._loop(lock, apps)
+                    self._train(lock)
                 self._stop_process(self._compactor)
                 self._compactor = None
                 self._wait_process(self._compact(), "compaction")
@@ -221,18 +232,21 @@ class Driver:
         except Exception as exc:
             raise RunError(f"site {self.site.name!r} could not be started: {exc}") from exc
         try:
-            pools = {stage.pool for stage in self.plan.stages}
+            pools = self.campaign.pools
             self._executors = {pool: kernel.executors[pool] for pool in pools}
             for executor in self._executors.values():
                 if (client := getattr(executor, "command_client", None)) is not None:
                     # Parsl would wait for ever for the answer of an interchange that died.
                     client.run = functools.partial(client.run, timeout_s=ANSWER_LIMIT_S)
-            yield {
-                pool: parsl.python_app(
-                    run_bundle, data_flow_kernel=kernel, executors=[pool], cache=False
+
+            def app(function: Callable[..., Any], pool: str) -> Any:
+                return parsl.python_app(
+                    function, data_flow_kernel=kernel, executors=[pool], cache=False
                 )
-                for pool in pools
-            }
+
+            if self.campaign.train is not None:
+                self._training = app(run_training, self.campaign.train.pool)
+            yield {pool: app(run_bundle, pool) for pool in {s.pool for s in self.plan.stages}}
         finally:
             with contextlib.suppress(Exception):
                 kernel.cleanup()
@@ -268,14 +282,41 @@ class Driver:
 
     # -- the loop ---------------------------------------------------------------------------
 
+    def _beat(self, lock: DriverLock) -> None:
+        """Show that the driver lives, and pass on that it drains."""
+        lock.beat()
+        if self.draining and not self._told:
+            lock.say(drain=True)
+            self._told = True
+
+    def _train(self, lock: DriverLock) -> None:
+        """Have the campaign's model trained, once nothing is left that it could learn from."""
+        if self._training is None or self.draining or any(c.waiting for c in self.counts()):
+            return
+        # What it learns from is read where the rows lie together.
+        self._stop_process(self._compactor)
+        self._compactor = None
+        self._wait_process(self._compact(), "compaction")
+        workers = self.site.pools()
+
+        def tick(words: str) -> None:
+            self._beat(lock)
+            self._check_executors()
+            self._training_words = words
+            self.show(self._progress(workers))
+
+        job = TrainJob(
+            str(self.campaign.training_file), str(self.store.path), self.store.name, self.run_id
+        )
+        receipt = drive(self._training, job, tick)
+        self._training_words = ""
+        self._trained = receipt.finished
+        self.notes.append(f"{receipt.words}; {receipt.output}")
+
     def _loop(self, lock: DriverLock, apps: dict[str, Any]) -> None:
-        told = False
         workers = self.site.pools()
         while True:
-            lock.beat()
-            if self.draining and not told:
-                lock.say(drain=True)
-                told = True
+            self._beat(lock)
             self._absorb()
             self._check_reader()
             if not self.draining:
@@ -533,14 +574,16 @@ class Driver:
             core_s=self._core_s,
             in_flight=len(self._flying),
             draining=self.draining,
-            notes=self.notes[-3:],
+            notes=[*self.notes[-3:], *([self._training_words] if self._training_words else [])],
         )
 
     def _summary(self) -> Summary:
         counts = self.counts()
         now = time.time()
         return Summary(
-            complete=self.stream.exhausted and all(c.waiting == 0 for c in counts),
+            complete=self.stream.exhausted
+            and all(c.waiting == 0 for c in counts)
+            and self._trained,
             counts=counts,
             entries=self.stream.entries,
             bad_entries=self.stream.bad_entries,

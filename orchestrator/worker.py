@@ -116,7 +116,7 @@ def task_record(
     }
 
 
-class _Control:
+class Control:
     """The driver's word to its workers, read at most once a second: go on, drain, or another."""
 
     def __init__(self, store: Path, run_id: str) -> None:
@@ -290,7 +290,7 @@ def run_bundle(bundle: Bundle) -> Receipt:
     shard_of = np.zeros(n, np.uint16)
     cpu = np.zeros(n, np.float32)
     wall = np.zeros(n, np.float32)
-    control = _Control(Path(bundle.store), bundle.run_id)
+    control = Control(Path(bundle.store), bundle.run_id)
     if not control.should_stop():
         where, payloads = _payloads(bundle)
         status[:] = NO_PARENT
@@ -326,7 +326,7 @@ def _outcomes(
     guard: Guard,
     bundle: Bundle,
     payloads: list[Payload],
-    control: _Control,
+    control: Control,
     on_wait: Callable[[], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     stage = bundle.stage
