@@ -138,11 +138,9 @@ def _energies(energy: Floats, line: Floats) -> tuple[Floats, Floats] | None:
         return None
     above = (energy - energy[-1]) * EV_TO_KCAL
     along = np.full(len(energy), np.nan)
-    if len(line) > 1:
-        # The line's points are evenly spaced from the first of these frames to the last.
-        share = np.linspace(there[0], there[-1], len(line))
-        frames = np.arange(there[0], len(energy))
-        along[frames] = (np.interp(frames, share, line) - energy[-1]) * EV_TO_KCAL
+    if 0 < len(line) <= len(energy):
+        # As many points as frames, from the first with an energy to the last.
+        along[-len(line) :] = (line - energy[-1]) * EV_TO_KCAL
     return above, along
 
 

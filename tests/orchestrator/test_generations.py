@@ -36,10 +36,11 @@ def test_convergence_is_the_mean_over_molecules(tmp_path: Path) -> None:
 
 def test_energies_are_above_the_last_frame_where_most_have_one(tmp_path: Path) -> None:
     study = Study()
-    # One molecule settles at 40, two at 20; the line of each goes from there to the end.
+    # One molecule settles at 40, two at 20; the line of each goes from there to the end, twice as
+    # high.
     for name, settled in (("early", 40), ("late", 20), ("late too", 20)):
         falling = np.linspace(settled, 0.0, settled + 1)
-        study.generation(name, settled=settled, energies=falling, line=[2.0 * settled, 0.0])
+        study.generation(name, settled=settled, energies=falling, line=2.0 * falling)
     (found,) = generations(study.store(tmp_path / "store"))
     assert (found.with_energy, found.level_of_theory) == (3, "GFN2-xTB")
     at = {n: row for row, n in enumerate(found.levels.tolist())}

@@ -133,7 +133,7 @@ def test_generation_is_drawn_and_found(tmp_path: Path) -> None:
     study = Study()
     for at, settled in enumerate((40, 50, 60)):
         energies = np.linspace(30.0, 0.0, settled + 1)
-        study.generation(f"m{at}", settled=settled, energies=energies, line=[30.0, 50.0, 0.0])
+        study.generation(f"m{at}", settled=settled, energies=energies, line=2.0 * energies)
     store = study.store(tmp_path / "store")
     page = page_of(store, tmp_path)
     assert page.items[-1] == (
