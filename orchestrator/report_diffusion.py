@@ -193,7 +193,8 @@ def _step_row(arm: Arm, known: float | None) -> list[str]:
     return [
         arm.stage,
         start,
-        count(one.molecules),
+        count(one.molecules)
+        + (f" ({plural(one.pairs, 'pair')})" if one.pairs > one.molecules else ""),
         f"{number(one.baseline_steps, 0)} → {number(one.steps, 0)}" if one.pairs else "",
         _with_interval(one.reduction, share, " %"),
         _with_interval(same.reduction, share, " %"),

@@ -40,6 +40,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _molecules(found: Summary) -> str:
+    """Return how many molecules, and how many pairs where conformers make them more."""
+    pairs = f" ({found.pairs:,} pairs)" if found.pairs > found.molecules else ""
+    return f"{found.molecules:,}{pairs}"
+
+
 def _times(value: float) -> str:
     return f"{value:.1f}x" if np.isfinite(value) else "-"
 
@@ -56,7 +62,7 @@ def _steps_table(comparison: Comparison, pick: Callable[[Arm], Summary]) -> Rend
         known = study.reduction(arm.n) if arm.diffused else None
         table.add_row(
             arm.stage,
-            f"{found.molecules:,}",
+            _molecules(found),
             number(found.steps, 0),
             number(found.baseline_steps, 0),
             percent(found.reduction.value),
