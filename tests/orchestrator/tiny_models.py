@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_model(path: Path, *, seed: int = 0, scale: float = 1.0, **config: Any) -> Path:
-    """Write a checkpoint of random weights, the last ones times ``scale``; return its path."""
+def write_model(path: Path, *, seed: int = 0, broken: bool = False, **config: Any) -> Path:
+    """Write a checkpoint of random weights; return its path.
+
+    A ``broken`` one has weights so large that it gives NaN.
+    """
     import torch
 
     from kernels.diffusion.checkpoint import save
@@ -16,8 +19,7 @@ def write_model(path: Path, *, seed: int = 0, scale: float = 1.0, **config: Any)
     made = ModelConfig(**{"hidden": 16, "layers": 2, "steps": 100, **config})
     torch.manual_seed(seed)
     state = build(made).state_dict()
-    for name in state:
-        if "length" in name:
-            state[name] = state[name] * scale
+    if broken:
+        state = {name: 1e30 * tensor for name, tensor in state.items()}
     save(path, made, state, {"about": "random weights"})
     return path
