@@ -130,10 +130,10 @@ def _keys(file: TrainFile) -> tuple[bytes, str]:
 
     from kernels.diffusion import checkpoint
     from kernels.diffusion.training import FIXED_SETTINGS
-    from orchestrator.train import needed
     from orchestrator.training_data import read_data
 
-    _, _, summary = read_data(needed(file), file.path.parent, file.elements)
+    # Geometries alone: what an objective needs beside them follows from them, and may take long.
+    _, _, summary = read_data(file.data, file.path.parent, file.elements)
     settings = plain(file.settings())
     source = None
     if file.init_from is not None:
