@@ -43,6 +43,7 @@ _PANELS: Final = 3
 _FIGURES: Final = 4
 _DRAWN: Final = 1500
 _FEW: Final = 300
+_MANY_ARROWS: Final = 60
 _LONGEST_ARROW: Final = 0.45  # inches
 _DEEPER, _HIGHER = "#3c8d5a", "#c8553d"
 _TARGETS: Final = {"minimum": COLOURS[0], "force": COLOURS[1]}
@@ -137,9 +138,10 @@ def _arm_sentence(comparison: Comparison, arm: Arm) -> str:
     )
     lower = one.ratio.value
     if np.isfinite(lower) and lower > 0:
-        times, way = (lower, "lower") if lower >= 1 else (1 / lower, "higher")
+        times, way = (lower, "less") if lower >= 1 else (1 / lower, "more")
         said += (
-            f"; it starts {number(times)} times {way} above the minimum than {comparison.baseline}"
+            f"; it starts with {number(times)} times {way} energy above the minimum than "
+            f"{comparison.baseline}"
         )
     if np.isfinite(one.cpu_saved_share):
         said += f", and with its own time counted it {_saved(one.cpu_saved_share)} CPU time"
@@ -383,9 +385,11 @@ def scatter_figure(comparison: Comparison, arms: Sequence[Arm]) -> Picture | Non
             limit = 1.3 * _LONGEST_ARROW * per_inch
             quiver = axes.quiver(
                 x[other], y[other], np.zeros(len(other)), -np.clip(delta[other], -limit, limit),
-                color=np.where(delta[other] > 0, _DEEPER, _HIGHER), units="inches", width=0.013,
-                scale=per_inch, scale_units="inches", headwidth=4, headlength=5, zorder=4,
-                headaxislength=4.5, clip_on=False,
+                color=np.where(delta[other] > 0, _DEEPER, _HIGHER), units="inches",
+                width=0.013 if len(other) < _MANY_ARROWS else 0.007,
+                alpha=1.0 if len(other) < _MANY_ARROWS else 0.6, scale=per_inch,
+                scale_units="inches", headwidth=4, headlength=5, headaxislength=4.5, zorder=4,
+                clip_on=False,
             )  # fmt: skip
             # Arrows may leave the axes, and must not make them shrink.
             quiver.set_in_layout(False)

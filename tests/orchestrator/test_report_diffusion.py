@@ -43,8 +43,8 @@ def test_the_finding_gives_the_saving_its_interval_and_the_published_value(tmp_p
     *_, sentence = findings(store)
     assert sentence == (
         "Diffusion saves 75 % of the relaxation steps in the median (relaxed-50: 95 % CI 75 to "
-        "75, 12 molecules, published 57 %); it starts 10.0 times lower above the minimum than "
-        "gfn2, and with its own time counted it saves 25 % of the CPU time."
+        "75, 12 molecules, published 57 %); it starts with 10.0 times less energy above the "
+        "minimum than gfn2, and with its own time counted it saves 25 % of the CPU time."
     )
     # The other findings are about the baseline, not about the last arm.
     assert "A relaxation takes 30 optimiser steps and 2.00 s" in findings(store)[2]
@@ -57,7 +57,7 @@ def test_what_diffusion_costs_is_said_too(tmp_path: Path) -> None:
         study.relax(study.diffuse(baseline, cpu_s=4.0), baseline, 22, start=20.0)
     sentence = findings(study.store(tmp_path / "store"))[-1]
     assert sentence.startswith("Diffusion costs 10 % more relaxation steps in the median")
-    assert "it starts 2.0 times higher above the minimum than gfn2" in sentence
+    assert "it starts with 2.0 times more energy above the minimum than gfn2" in sentence
     assert "it costs 150 % more CPU time" in sentence
 
 
