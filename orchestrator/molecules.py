@@ -713,6 +713,17 @@ def _atom_columns(properties: str | None) -> tuple[int, int]:
 # NumPy archives: numbers (M, A) padded with zeros, positions (M, A, 3) in Å, and optional columns
 
 
+# What zipfile and NumPy raise depends on where the damage is.
+_ARCHIVE_DAMAGE: Final = (
+    ValueError,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _ARCHIVE_NAMES: Final = ("name", "gdb9_id", "id", "index")
 
 
@@ -721,12 +732,15 @@ def _open_archive(path: Path) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name")
             wanted = {"numbers", "positions", "charge", "multiplicity", *_ARCHIVE_NAMES}
             arrays = {name: archive[name] for name in archive.files if name in wanted}
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _ARCHIVE_DAMAGE as error:
         raise CampaignError(
             f"{path}: is no NumPy archive of plain arrays ({error}); get a sound copy of the file"
         ) from None

@@ -7,6 +7,7 @@ import io
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,14 @@ import pytest
 from kernels.graph import parse_smiles
 from orchestrator.campaign import MoleculeSource, load_campaign
 from orchestrator.errors import CampaignError
-from orchestrator.molecules import Entry, find_files, read_entries, sources_digest
+from orchestrator.molecules import (
+    Entry,
+    find_files,
+    read_archive,
+    read_entries,
+    sources_digest,
+    split_of,
+)
 
 ROOT = Path(__file__).parents[2]
 WATER = "3\n\nO 0.0 0.0 0.119\nH 0.0 0.763 -0.477\nH 0.0 -0.763 -0.477\n"
@@ -386,6 +394,192 @@ def test_memory_does_not_grow_with_the_file(
     tracemalloc.stop()
     assert count == 20 * 512
     assert peak < path.stat().st_size / 10
+
+
+# NumPy archives, and the parts of a data set
+
+
+WATER_XYZ = [[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0.477]]
+METHANOL_XYZ = [[float(x) for x in line.split()[1:]] for line in METHANOL.splitlines()[2:]]
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    """Water and methanol, padded with zeros to seven atoms."""
+    numbers, positions = np.zeros((2, 7), np.int64), np.zeros((2, 7, 3))
+    numbers[0, :3], positions[0, :3] = [8, 1, 1], WATER_XYZ
+    numbers[1, :6], positions[1, :6] = [6, 8, 1, 1, 1, 1], METHANOL_XYZ
+    return {"numbers": numbers, "positions": positions, **changes}
+
+
+def read_archive_of(folder: Path, settings: dict[str, object], **changes: Any) -> list[Entry]:
+    path = folder / "set.npz"
+    np.savez(path, **arrays(**changes))
+    return read(path, path.read_bytes(), **settings)
+
+
+def test_archives_are_read_without_their_padding(tmp_path: Path) -> None:
+    entries = read_archive_of(tmp_path, {}, gdb9_id=np.array([3, 12]))
+    assert [entry.name for entry in entries] == ["gdb9 3", "gdb9 12"]
+    assert [entry.line for entry in entries] == [1, 2]
+    assert smiles_of(entries) == ["O", "CO"]
+    assert entries[0].positions is not None
+    distances = np.linalg.norm(entries[0].positions[1:] - entries[0].positions[0], axis=1)
+    assert distances == pytest.approx([0.9687] * 2, abs=1e-3)
+    path = tmp_path / "set.npz"
+    plain = list(read_archive(path))
+    assert [name for name, _, _ in plain] == ["gdb9 3", "gdb9 12"]
+    assert plain[1][1].tolist() == [6, 8, 1, 1, 1, 1]
+    assert plain[1][2] == pytest.approx(np.array(METHANOL_XYZ))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "names"),
+    [
+        ("name", ["water", "methanol"], ["water", "methanol"]),
+        ("id", [7, 8], ["id 7", "id 8"]),
+        ("index", [0, 1], ["index 0", "index 1"]),
+        (None, None, ["1", "2"]),
+    ],
+)
+def test_names_of_archived_molecules(
+    tmp_path: Path, column: str | None, values: list[Any] | None, names: list[str]
+) -> None:
+    more = {} if column is None else {column: np.array(values)}
+    entries = read_archive_of(tmp_path, {}, **more)
+    assert [entry.name for entry in entries] == names
+
+
+def test_charges_in_an_archive_go_before_those_of_the_campaign(tmp_path: Path) -> None:
+    hydroxide = np.zeros((1, 3), np.uint8)
+    hydroxide[0, :2] = [8, 1]
+    positions = np.zeros((1, 3, 3), np.float32)
+    positions[0, 1, 0] = 0.96
+    both: dict[str, Any] = {"numbers": hydroxide, "positions": positions}
+    (stated,) = read_archive_of(tmp_path, {"charge": 0}, **both, charge=np.array([-1]))
+    assert stated.molecule is not None
+    assert (stated.molecule.smiles, stated.molecule.charge) == ("[OH-]", -1)
+    (asked,) = read_archive_of(tmp_path, {"charge": -1}, **both)
+    assert asked.molecule == stated.molecule
+
+
+def test_a_bad_record_of_an_archive_costs_itself(tmp_path: Path) -> None:
+    numbers, positions = arrays()["numbers"], arrays()["positions"]
+    numbers = np.concatenate([numbers, numbers, numbers])
+    positions = np.concatenate([positions, positions, positions])
+    numbers[1, 2] = 0  # a hole in the padding
+    numbers[2, 0] = 200
+    positions[3, 0, 0] = np.nan
+    numbers[4] = 0
+    entries = read_archive_of(tmp_path, {}, numbers=numbers, positions=positions)
+    assert [entry.error is None for entry in entries] == [True] + [False] * 4 + [True]
+    assert "padded" in str(entries[1].error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"numbers": np.zeros((2, 7, 1), int)}, "do not fit"),
+        ({"numbers": np.zeros((3, 7), int)}, "do not fit"),
+        ({"positions": np.zeros((2, 6, 3))}, "do not fit"),
+        ({"numbers": np.zeros((2, 7))}, "whole and floating-point"),
+        ({"positions": np.zeros((2, 7, 3), int)}, "whole and floating-point"),
+        ({"gdb9_id": np.arange(3)}, "not 2"),
+        ({"charge": np.array(0)}, "not 2"),
+        ({"numbers": np.array([[8, 1], [6]], dtype=object)}, "no NumPy archive of plain arrays"),
+        ({"name": np.array(["a", None], dtype=object)}, "no NumPy archive of plain arrays"),
+    ],
+)
+def test_an_archive_of_other_arrays_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(CampaignError, match=words):
+        read_archive_of(tmp_path, {}, **changes)
+
+
+def test_pickled_objects_in_an_archive_are_never_loaded(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    trap = np.empty(2, dtype=object)
+    trap[:] = [Trap(), Trap()]
+    with pytest.raises(CampaignError, match="plain arrays"):
+        read_archive_of(tmp_path, {}, name=trap)
+    # Nor is what nobody asks for.
+    assert len(read_archive_of(tmp_path, {}, notes=trap)) == 2
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    np.savez_compressed(path, **arrays())
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[120:160] = bytes(40)
+    for content in (b"", b"PK", whole[: len(whole) // 2], bytes(damaged), b"numbers,positions\n"):
+        with pytest.raises(CampaignError, match=r"set\.npz"):
+            read(path, content)
+    with path.open("wb") as stream:
+        np.save(stream, arrays()["numbers"])
+    with pytest.raises(CampaignError, match="one array without a name"):
+        read(path, path.read_bytes())
+    np.savez(path, numbers=arrays()["numbers"])
+    with pytest.raises(CampaignError, match="no array 'positions'"):
+        read(path, path.read_bytes())
+
+
+def test_parts_of_a_data_set_go_by_the_last_number_in_the_name() -> None:
+    by_name = {
+        "gdb9 10": "validation", "gdb9 12": "training", "gdb9 21": "test", "0": "validation",
+        "dsgdb9nsd_000131": "test", "mol 20 v3": "training",
+    }  # fmt: skip
+    assert {name: split_of(name) for name in by_name} == by_name
+    nameless = [split_of("molecule " + "x" * n) for n in range(1000)]
+    assert set(nameless) == {"training", "validation", "test"}
+    assert 700 < nameless.count("training") < 900
+    assert split_of("aspirin") == split_of("aspirin")
+
+
+@pytest.mark.parametrize("ending", [".npz", ".xyz"])
+def test_every_record_is_in_one_part(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"set{ending}"
+    if ending == ".npz":
+        water = {
+            "numbers": np.tile([8, 1, 1], (30, 1)),
+            "positions": np.tile(WATER_XYZ, (30, 1, 1)),
+        }
+        np.savez(path, index=np.arange(30), **water)
+    else:
+        path.write_text("".join(WATER.replace("\n\n", f"\nindex {i}\n", 1) for i in range(30)))
+    content = path.read_bytes()
+    parts = {part: read(path, content, split=part) for part in ("training", "validation", "test")}
+    found = {part: [entry.name for entry in entries] for part, entries in parts.items()}
+    assert found["validation"] == ["index 0", "index 10", "index 20"]
+    assert found["test"] == ["index 1", "index 11", "index 21"]
+    assert len(found["training"]) == 24
+    assert all(entry.error is None for entries in parts.values() for entry in entries)
+    # Reading that goes on, and limits, count the part's own records.
+    rest = list(read_entries([path], source(split="training", limit=20), skip=5))
+    assert [entry.name for entry in rest] == found["training"][5:20]
+
+
+def test_a_part_is_another_plan(tmp_path: Path) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays())
+    digests = {
+        sources_digest([path], source(**settings))
+        for settings in ({}, {"split": "test"}, {"split": "training"})
+    }
+    assert len(digests) == 3
+
+
+def test_a_part_that_is_none_names_the_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(
+        'name = "a"\n[molecules]\nfiles = ["set.npz"]\nsplit = "valid"\n[[stages]]\n'
+        'kernel = "relax"\n'
+    )
+    with pytest.raises(CampaignError, match=r'a\.toml:4: .*"valid".*"validation"'):
+        load_campaign(tmp_path / "a.toml")
 
 
 # The lists that come with the project
