@@ -121,6 +121,9 @@ def run_training(job: TrainJob) -> TrainReceipt:
         f"{summary.name}: {summary.step:,} steps, {summary.epoch:.1f} epochs; best validation loss "
         f"{summary.best['validation']:.4g} at step {summary.best['step']:,.0f}"
     )
+    state = "finished" if summary.finished else "stopped before its end"
+    word = {"line": f"{words}; {state}", "step": summary.step}
+    shard.write_whole(word_path(store), json.dumps(word).encode())
     return TrainReceipt(summary.finished, str(output), words)
 
 
@@ -178,7 +181,7 @@ def _seal(
     record.update(
         host=socket.gethostname(),
         worker_pid=os.getpid(),
-        wall_s=summary.elapsed_s,
+        wall_s=time.time() - started_s,
         cpu_s=cpu_s,
         seed=file.settings().seed,
     )
