@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 VERSION = 1
 
 OptimizerName = Literal["BFGS", "LBFGS", "FIRE", "Sella"]
+HessianName = Literal["unit", "force-field"]
 Arrays = dict[str, NDArray[Any]]
 
 # Curvature of the first guess of the Hessian, eV/Å²; also LBFGS's diagonal.
 _CURVATURE = 70.0
+
+# Curvatures in eV/Å² that a force field's Hessian is held between: its softest motions are the
+# least reliable, and steps along them the longest.
+_SOFTEST, _STIFFEST = 1.0, 200.0
 
 _LBFGS_MEMORY = 100
 
@@ -44,13 +49,18 @@ _FIRE_MIXING, _FIRE_MIXING_DECAY = 0.1, 0.99
 
 @dataclass(frozen=True, slots=True)
 class RelaxSettings:
-    """What determines a relaxation: `fmax` in eV/Å, `max_step_length` in Å."""
+    """What determines a relaxation: `fmax` in eV/Å, `max_step_length` in Å.
+
+    `initial_hessian` is where BFGS starts from: "unit", the same curvature in all directions as in
+    ASE, or "force-field", which `init` then asks for.
+    """
 
     optimizer: OptimizerName = "BFGS"
     fmax: float = 0.03
     max_steps: int = 500
     max_step_length: float = 0.2
     save_forces: bool = False
+    initial_hessian: HessianName = "unit"
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(OptimizerName):
@@ -60,6 +70,16 @@ class RelaxSettings:
             )
         if not (math.isfinite(self.fmax) and self.fmax > 0):
             raise InputError(f"fmax {self.fmax} eV/Å is impossible; give a positive force")
+        if self.initial_hessian not in get_args(HessianName):
+            raise InputError(
+                f"initial_hessian {self.initial_hessian!r} is unknown; choose from "
+                f"{', '.join(get_args(HessianName))}"
+            )
+        if self.initial_hessian != "unit" and self.optimizer != "BFGS":
+            raise InputError(
+                f"initial_hessian {self.initial_hessian!r} needs optimizer BFGS, not "
+                f"{self.optimizer}, which keeps no Hessian of that kind"
+            )
         if self.max_steps < 0:
             raise InputError(f"max_steps {self.max_steps} is negative; give 0 or more")
         if not 0 < self.max_step_length <= 1:
@@ -186,10 +206,16 @@ class RelaxState:
 
 
 def init(
-    numbers: ArrayLike, positions: ArrayLike, calculator: Calculator, settings: RelaxSettings
+    numbers: ArrayLike,
+    positions: ArrayLike,
+    calculator: Calculator,
+    settings: RelaxSettings,
+    *,
+    smiles: str = "",
 ) -> RelaxState:
     """Evaluate the starting geometry: numbers (N,), positions (N, 3) in Å.
 
+    `smiles`, in whose canonical order the atoms are, is needed for a force field's Hessian alone.
     Raises NotFiniteError, CollapsedError, ScfError, or InputError.
     """
     z = np.array(numbers, dtype=np.uint8)
@@ -211,8 +237,25 @@ def init(
         _frames=[],
         _frame_forces=[] if settings.save_forces else None,
     )
+    if settings.initial_hessian == "force-field":
+        state.memory = {"hessian": _force_field_hessian(smiles, xyz)}
     _record(state, xyz, energy, forces, calculator)
     return state
+
+
+def _force_field_hessian(smiles: str, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Hessian (3N, 3N) in eV/Å² of MMFF94 or UFF at positions (N, 3), made safe to step with."""
+    from kernels.forcefield import Surface
+
+    if not smiles:
+        raise InputError(
+            "initial_hessian 'force-field' needs the bonds, and no SMILES is known for this "
+            "molecule; choose unit"
+        )
+    curvature, modes = np.linalg.eigh(Surface(smiles, positions).hessian(positions))
+    bounded = np.clip(np.abs(curvature), _SOFTEST, _STIFFEST)
+    hessian: NDArray[np.float64] = (modes * bounded) @ modes.T
+    return hessian
 
 
 def step(state: RelaxState, calculator: Calculator, settings: RelaxSettings) -> RelaxState:
@@ -254,6 +297,7 @@ def relax(
     *,
     state: RelaxState | None = None,
     on_step: Callable[[RelaxState], bool] | None = None,
+    smiles: str = "",
 ) -> RelaxState:
     """Relax numbers (N,) from positions (N, 3) in Å, or go on from a saved `state`.
 
@@ -262,7 +306,7 @@ def relax(
     `settings.max_steps`, and what `step` raises.
     """
     if state is None:
-        state = init(numbers, positions, calculator, settings)
+        state = init(numbers, positions, calculator, settings, smiles=smiles)
         if on_step is not None and not on_step(state):
             return state
     while not is_converged(state, settings):
@@ -287,6 +331,7 @@ def relax_with_ladder(
     state: RelaxState | None = None,
     tried: tuple[str, ...] = (),
     on_step: Callable[[RelaxState, tuple[str, ...]], bool] | None = None,
+    smiles: str = "",
 ) -> tuple[RelaxState, tuple[str, ...]]:
     """Relax, and on a ConvergenceError start again with the next rung that can help.
 
@@ -304,7 +349,15 @@ def relax_with_ladder(
     while True:
         watch = None if on_step is None else partial(_watch, on_step, tried)
         try:
-            done = relax(numbers, positions, make(**changes), settings, state=state, on_step=watch)
+            done = relax(
+                numbers,
+                positions,
+                make(**changes),
+                settings,
+                state=state,
+                on_step=watch,
+                smiles=smiles,
+            )
             return done, tried
         except ConvergenceError as error:
             rung = next(
@@ -358,7 +411,7 @@ def _bfgs(state: RelaxState, longest: float) -> tuple[NDArray[np.float64], Array
     """Quasi-Newton step on the full Hessian, |eigenvalues| in place of negative ones."""
     x = state.positions.ravel()
     gradient = -state.forces.ravel()
-    if state.memory:
+    if "x" in state.memory:
         hessian = state.memory["hessian"]
         dx = x - state.memory["x"]
         # Also ASE's rule: a step this short says nothing about curvature.
@@ -367,6 +420,8 @@ def _bfgs(state: RelaxState, longest: float) -> tuple[NDArray[np.float64], Array
             hdx = hessian @ dx
             with np.errstate(divide="ignore", invalid="ignore"):
                 hessian = hessian + np.outer(dg, dg) / (dx @ dg) - np.outer(hdx, hdx) / (dx @ hdx)
+    elif state.memory:
+        hessian = state.memory["hessian"]
     else:
         hessian = np.eye(x.size) * _CURVATURE
     displacement = _newton_step(hessian, gradient)

@@ -318,23 +318,44 @@ class RelaxStage(_LevelStage):
     max_step_length: Length = Field(
         default=0.2, gt=0, le=1.0, description="Longest move of an atom in one optimizer step"
     )
+    initial_hessian: Literal["unit", "force-field"] = Field(
+        default="unit",
+        description="Where BFGS starts from: unit, as ASE and the published protocol, or the "
+        "force field's Hessian, which needs far fewer steps",
+    )
+
+    @field_validator("initial_hessian")
+    @classmethod
+    def _needs_bfgs(cls, hessian: str, info: ValidationInfo) -> str:
+        optimizer = info.data.get("optimizer", "BFGS")
+        if hessian != "unit" and optimizer != "BFGS":
+            raise ValueError(
+                f'needs optimizer = "BFGS"; {optimizer} keeps no Hessian that could be given'
+            )
+        return hessian
 
     def settings(self) -> dict[str, Setting]:
         """What determines the relaxed geometry and the frames kept, with every default filled in.
 
         Units: fmax eV/Å, max_step_length Å, electronic_temperature K.
         """
-        return {
+        settings: dict[str, Setting] = {
             **super().settings(),
             "optimizer": self.optimizer,
             "fmax": float(self.fmax),
             "max_steps": self.max_steps,
             "max_step_length": float(self.max_step_length),
         }
+        if self.initial_hessian != "unit":
+            # Left out otherwise, so that results from before there was a choice keep their keys.
+            settings["initial_hessian"] = self.initial_hessian
+        return settings
 
     def programs(self) -> dict[str, str]:
         """The program of the level, and Sella where it is the optimizer, with their versions."""
         versions = super().programs()
+        if self.initial_hessian == "force-field":
+            versions["rdkit"] = _installed_version("rdkit", self.name)
         if self.optimizer == "Sella":
             versions["sella"] = _installed_version("sella", self.name)
         return versions
@@ -348,7 +369,8 @@ class RelaxStage(_LevelStage):
 
     def words(self) -> str:
         """Level, program, optimizer and where it ends."""
-        return f"{self.level}/{self.program}, {self.optimizer} to {self.fmax:g} eV/Å"
+        hessian = ", force field's Hessian" if self.initial_hessian != "unit" else ""
+        return f"{self.level}/{self.program}, {self.optimizer} to {self.fmax:g} eV/Å{hessian}"
 
 
 class _ModelStage(_StageBase):

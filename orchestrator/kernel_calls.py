@@ -176,6 +176,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         max_steps=wanted["max_steps"],
         max_step_length=wanted["max_step_length"],
         save_forces=wanted["save_forces"],
+        initial_hessian=wanted.get("initial_hessian", "unit"),
     )
     electronic = {k: wanted[k] for k in ("electronic_temperature",) if k in wanted}
     path = Path(payload.checkpoint)
@@ -214,6 +215,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         state=state,
         tried=tried,
         on_step=on_step,
+        smiles=payload.smiles,
     )
     if not finished:
         return {"status": "open", "message": "", "ladder": tried}
