@@ -16,27 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.diffusion.batching import in_batches
 from kernels.diffusion.checkpoint import Model
 from kernels.diffusion.egnn import elements_of, features
 from kernels.diffusion.guide import Evaluate, Guide, guided
 from kernels.diffusion.noise import centred_normal
 from kernels.diffusion.schedule import ReverseStep, Schedule
-from kernels.errors import InputError, KernelError, NotFiniteError, ResourceError
+from kernels.errors import InputError, KernelError, NotFiniteError
 
 Protocol = Literal["published", "deterministic"]
 Precision = Literal["float32", "tf32", "bfloat16"]
-
-# On a CPU a batch gains nothing once a step's calls cost little beside its arithmetic, and loses
-# when the activations of its pairs leave the cache: so many bytes of one such array are best
-# (measured between 2 and 4 MB for 12 to 24 atoms and a width of 256).
-_CPU_ARRAY = 3 * 2**20
-
-# Arrays of (B, N, N, hidden) that are alive at once at inference, with a margin.
-_LIVE_ARRAYS = 4
-
-# Part of a device's free memory that a batch may take when no limit is given.
-_FREE_SHARE = 0.7
-_CPU_MEMORY = 2**30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,37 +132,18 @@ def diffuse(
             f"protocol {settings.protocol!r}: model {model.name!r} is of architecture basin, which "
             "predicts minima and no noise; choose deterministic, or a model of architecture edm"
         )
-    results: list[DiffusionPath | KernelError | None] = [None] * len(starts)
-    buckets: dict[int, list[int]] = {}
-    for index, start in enumerate(starts):
-        problem = _problem(model, start)
-        if problem is not None:
-            results[index] = problem
-        else:
-            buckets.setdefault(len(start.numbers), []).append(index)
+    results: list[DiffusionPath | KernelError | None] = [_problem(model, start) for start in starts]
     batches = _guide_batch if model.config.architecture == "basin" else _diffuse_batch
-    for n_atoms, members in sorted(buckets.items()):
-        size = _batch_size(model, n_atoms, memory_limit, batch_pairs)
-        waiting = [members[at : at + size] for at in range(0, len(members), size)][::-1]
-        while waiting:
-            batch = waiting.pop()
-            try:
-                paths = batches(model, [starts[index] for index in batch], settings)
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    results[batch[0]] = ResourceError(
-                        f"{n_atoms} atoms do not fit in the memory of {model.device}: "
-                        f"{str(error).splitlines()[0] if str(error) else 'out of memory'}"
-                    )
-                    continue
-                half = len(batch) // 2
-                waiting += [batch[half:], batch[:half]]
-            else:
-                for index, path in zip(batch, paths, strict=True):
-                    results[index] = path
-            _release(model.device)
+    fit = [index for index, result in enumerate(results) if result is None]
+    made = in_batches(
+        model,
+        [len(starts[index].numbers) for index in fit],
+        lambda batch: batches(model, [starts[fit[at]] for at in batch], settings),
+        memory_limit=memory_limit,
+        batch_pairs=batch_pairs,
+    )
+    for index, path in zip(fit, made, strict=True):
+        results[index] = path
     return [result for result in results if result is not None]
 
 
@@ -200,36 +170,6 @@ def _symbols(numbers: Sequence[int]) -> str:
     )
 
 
-def _batch_size(
-    model: Model, n_atoms: int, memory_limit: int | None, batch_pairs: int | None
-) -> int:
-    """Molecules that share a batch: what memory allows, on a CPU what the cache holds."""
-    per_pair = 4 * model.config.hidden * _LIVE_ARRAYS
-    device = model.device
-    if memory_limit is None:
-        memory_limit = _CPU_MEMORY
-        if device.type == "cuda":
-            memory_limit = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
-    pairs = memory_limit // per_pair
-    if batch_pairs is not None:
-        pairs = min(pairs, batch_pairs)
-    elif device.type == "cpu":
-        pairs = min(pairs, _CPU_ARRAY // (4 * model.config.hidden))
-    return max(1, pairs // n_atoms**2)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    )
-
-
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _diffuse_batch(
     model: Model, starts: Sequence[Start], settings: DiffuseSettings
 ) -> list[DiffusionPath | KernelError]:
@@ -239,7 +179,7 @@ def _diffuse_batch(
     given = np.stack([start.positions for start in starts]) - origin[:, None]
     numbers = torch.from_numpy(np.stack([start.numbers for start in starts])).to(device).long()
 
-    with torch.inference_mode(), _precision(settings.precision, device) as evaluate:
+    with torch.inference_mode(), at_precision(settings.precision, device) as evaluate:
         clean = features(numbers, config)
         x_scale = config.feature_scaling[0]
         x = torch.from_numpy((given / x_scale).astype(np.float32)).to(device)
@@ -296,7 +236,7 @@ def _guide_batch(
         numbers = np.stack([starts[index].numbers for index in fit])
         positions = np.stack([starts[index].positions for index in fit])
         members = [guide for guide in made if isinstance(guide, Guide)]
-        with torch.inference_mode(), _precision(settings.precision, model.device) as evaluate:
+        with torch.inference_mode(), at_precision(settings.precision, model.device) as evaluate:
             frames = guided(model, evaluate, members, numbers, positions, settings.n)
         for row, index in enumerate(fit):
             results[index] = _path(frames[:, row], settings.n, 0)
@@ -317,7 +257,7 @@ def _noise(starts: Sequence[Start], step: int, n_atoms: int, n_features: int) ->
 
 
 @contextmanager
-def _precision(precision: Precision, device: torch.device) -> Iterator[Evaluate]:
+def at_precision(precision: Precision, device: torch.device) -> Iterator[Evaluate]:
     """Give a function that calls a network at a precision; its results are float32."""
 
     def evaluate(
