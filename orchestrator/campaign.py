@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from kernels import calculators
-from kernels.diffusion import PROCESS_VERSION, model_files
+from kernels.diffusion import GENERATION_VERSION, PROCESS_VERSION, model_files
 from kernels.errors import KernelError
 from orchestrator.errors import CampaignError
 from orchestrator.molecules import FORMATS, GEOMETRY_FORMATS, expand, file_format, match_files
@@ -80,11 +80,18 @@ class MoleculeSource(Table):
     """`[molecules]`: the files to read, and how."""
 
     files: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
         strict=False,
-        min_length=1,
-        examples=['["first.smi", "second.smi"]'],
+        json_schema_extra=default("required, unless there are samples"),
         description="Files or glob patterns, relative to the campaign file: .smi, .csv, .sdf, "
         ".xyz, .extxyz, each of them also with .gz, and .npz with numbers and positions",
+    )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000_000,
+        json_schema_extra=default("none"),
+        description="Instead of files: so many molecules are made from noise by a generate stage",
     )
     smiles_column: str = Field(
         default="smiles", min_length=1, description="Column of a .csv file that holds the SMILES"
@@ -168,6 +175,11 @@ class _StageBase(Table):
     def words(self) -> str:
         """What the stage does, in a few words for a person."""
         return self.kernel
+
+    @property
+    def frames(self) -> int:
+        """Geometries that one item leaves behind."""
+        return 1
 
 
 class EmbedStage(_StageBase):
@@ -438,6 +450,41 @@ class DiffuseStage(_ModelStage):
         """Model, steps and protocol."""
         return f"{self.model_name}, n = {self.n[0]}, {self.protocol}"
 
+    @property
+    def frames(self) -> int:
+        """The start, and one for each step."""
+        return self.n[0] + 1
+
+
+class GenerateStage(_ModelStage):
+    """`kernel = "generate"`: molecules from pure noise, by the whole process of a model."""
+
+    kernel: Literal["generate"]
+    save_every: int = Field(
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="Diffusion steps between two frames that are stored; the last always is",
+    )
+
+    def settings(self) -> dict[str, Setting]:
+        """What determines a molecule, and the frames kept: the model by its digest."""
+        return {"model": self.model_digest(), "save_every": self.save_every}
+
+    @property
+    def kernel_version(self) -> int:
+        """Version of `kernels.diffusion.generation`."""
+        return GENERATION_VERSION
+
+    def words(self) -> str:
+        """Model."""
+        return f"{self.model_name}, from noise"
+
+    @property
+    def frames(self) -> int:
+        """The noise, and what is kept of the steps."""
+        return model_files.read_header(model_files.find(self.model[0])).steps // self.save_every + 1
+
 
 class SinglePointsStage(_LevelStage):
     """`kernel = "single_points"`: energies of every frame of a diffusion path, or of a geometry."""
@@ -499,7 +546,13 @@ class RehearseStage(_StageBase):
 
 
 Stage: TypeAlias = (
-    EmbedStage | MmffStage | RelaxStage | DiffuseStage | SinglePointsStage | RehearseStage
+    EmbedStage
+    | MmffStage
+    | RelaxStage
+    | DiffuseStage
+    | GenerateStage
+    | SinglePointsStage
+    | RehearseStage
 )
 
 STAGES: Final[Mapping[str, type[Stage]]] = {
@@ -507,11 +560,15 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
     "mmff": MmffStage,
     "relax": RelaxStage,
     "diffuse": DiffuseStage,
+    "generate": GenerateStage,
     "single_points": SinglePointsStage,
     "rehearse": RehearseStage,
 }
+# What each begins with, where nothing else can be its origin.
+_BEGINNINGS: Final[Mapping[str, str]] = {"embed": "the molecular graph", "generate": "noise"}
 # Nothing can start from their results.
 _WITHOUT_GEOMETRIES: Final = frozenset({"single_points"})
+_FROM_NOTHING: Final = frozenset({"generate", "rehearse"})
 _NEED_GEOMETRIES: Final = frozenset({"mmff", "relax", "diffuse", "single_points"})
 _LEVELS_WITHOUT_SCF: Final = frozenset({"MMFF94"})
 
@@ -697,7 +754,6 @@ def _remedies() -> dict[Location, str]:
     return {
         ("name",): 'is missing; write for example name = "my-campaign" at the top of the file',
         ("molecules",): 'is missing; write a [molecules] table with files = ["my.smi"]',
-        ("molecules", "files"): 'is missing; write for example files = ["my.smi"]',
         ("stages",): f"is missing; {_kernels()}",
         ("train", "file"): 'is missing; write for example file = "my-model.toml"',
     }
@@ -758,7 +814,7 @@ def _fill_in_stage(stages: Sequence[Any], index: int) -> Any:
         for earlier in stages[:index]
         if not (isinstance(earlier, dict) and earlier.get("kernel") in _WITHOUT_GEOMETRIES)
     ]
-    if before and before[-1] and stage.get("kernel") != "embed":
+    if before and before[-1] and stage.get("kernel") not in _BEGINNINGS:
         filled.setdefault("from", before[-1])
     return filled
 
@@ -816,8 +872,11 @@ def _wrong_origin(
         for name, at in names.items()
         if at < index and stages[at].get("kernel") not in _WITHOUT_GEOMETRIES
     ]
-    if stage.get("kernel") == "embed":
-        return "an embed stage starts from the molecular graph alone; leave the line out"
+    if (kernel := str(stage.get("kernel"))) in _BEGINNINGS:
+        article = "an" if kernel == "embed" else "a"
+        return (
+            f"{article} {kernel} stage starts from {_BEGINNINGS[kernel]} alone; leave the line out"
+        )
     if origin in fit:
         return None
     if not fit:
@@ -888,7 +947,7 @@ def _expand(campaign: Campaign, filled: Sequence[Any]) -> Campaign:
             change: dict[str, Any] = {"name": variant.name, "from_": variant.from_}
             if isinstance(stage, DiffuseStage):
                 change["n"] = (variant.n,)
-            if isinstance(stage, _ModelStage):
+            if isinstance(stage, DiffuseStage | GenerateStage):
                 change["model"] = (_model_place(str(variant.model), campaign.path),)
             stages.append(stage.model_copy(update=change))
     return campaign.model_copy(update={"stages": tuple(stages)})
@@ -915,13 +974,15 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
     """Every model is there, can be read, and has as many steps as are asked of it."""
     stages = raw.get("stages")
     for index, stage in enumerate(stages if isinstance(stages, list) else []):
-        if not isinstance(stage, dict) or stage.get("kernel") not in ("diffuse",):
+        if not isinstance(stage, dict) or stage.get("kernel") not in ("diffuse", "generate"):
             continue
         steps: dict[str, int] = {}
         for model in _as_list(stage.get("model")):
             if isinstance(model, str) and model:
                 try:
-                    steps[model] = _model_header(model, path).steps
+                    header = _model_header(model, path)
+                    _check_architecture(header.architecture, stage)
+                    steps[model] = header.steps
                 except ValueError as error:
                     problems.add_value(("stages", index, "model"), model, str(error))
         for n in _as_list(stage.get("n")):
@@ -933,6 +994,22 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
                     f"model {show(short[0])} has {steps[short[0]]} diffusion steps; give 1 to "
                     f"{steps[short[0]]} (20 to 50 relax a geometry)",
                 )
+
+
+def _check_architecture(architecture: str, stage: Mapping[str, Any]) -> None:
+    """Raises ValueError for a model that begins with geometries where it must begin with noise."""
+    if architecture == "edm":
+        return
+    if stage["kernel"] == "generate":
+        raise ValueError(
+            f"is of architecture {architecture}, which begins with a geometry; molecules from "
+            "noise need a model of architecture edm"
+        )
+    if stage.get("protocol") == "published":
+        raise ValueError(
+            f"is of architecture {architecture}, which predicts minima and no noise; leave "
+            'protocol = "published" out, or choose a model of architecture edm'
+        )
 
 
 def _is_count(value: object) -> bool:
@@ -997,7 +1074,13 @@ def _check_training(raw: Mapping[str, Any], path: Path, problems: _Problems) -> 
 def _check_sources(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
     """Every named file has a known format, and one with geometries if no stage makes them."""
     source, stages = raw.get("molecules"), raw.get("stages")
-    files = source.get("files") if isinstance(source, dict) else None
+    if not isinstance(source, dict):
+        return
+    _check_beginnings(source, stages, problems)
+    files = source.get("files")
+    if files == []:
+        what = 'is empty; write for example ["first.smi", "second.smi"]'
+        problems.add_value(("molecules", "files"), files, what)
     if not isinstance(files, list):
         return
     first = stages[0] if isinstance(stages, list) and stages else None
@@ -1025,6 +1108,46 @@ def _check_sources(raw: Mapping[str, Any], path: Path, problems: _Problems) -> N
                 f'holds no geometry for {problems.field(("stages", 0))}, kernel "{kernel}", to '
                 f'start from; put a [[stages]] with kernel = "embed" before it, or give '
                 f"files of {', '.join(GEOMETRY_FORMATS)}",
+            )
+
+
+def _check_beginnings(source: Mapping[str, Any], stages: object, problems: _Problems) -> None:
+    """Molecules come from files or from noise, and so do the stages that begin."""
+    samples = source.get("samples")
+    if samples is None:
+        strangers = [key for key in source if key not in keys_of(MoleculeSource)]
+        if "files" not in source and not difflib.get_close_matches("files", strangers, n=1):
+            problems.add(
+                ("molecules", "files"),
+                '[molecules] files is missing; write for example files = ["my.smi"] (or samples = '
+                "100, and a generate stage)",
+            )
+    else:
+        for other in ("files", "split", "limit"):
+            if other in source:
+                problems.add_value(
+                    ("molecules", "samples"),
+                    samples,
+                    f"molecules made from noise are read from nowhere; leave {other} out",
+                )
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict) or not _stage_name(stage):
+            continue
+        location: Location = ("stages", index, "kernel")
+        kernel = stage.get("kernel")
+        if kernel == "generate" and samples is None:
+            problems.add_value(
+                location,
+                kernel,
+                "makes molecules of its own; write samples = 100 in [molecules], instead of files",
+            )
+        begins = index == 0 or kernel in _BEGINNINGS
+        if samples is not None and begins and kernel in STAGES and kernel not in _FROM_NOTHING:
+            problems.add_value(
+                location,
+                kernel,
+                'there are no molecules to begin with; put a [[stages]] with kernel = "generate" '
+                "first, or give files instead of samples",
             )
 
 

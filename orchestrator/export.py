@@ -502,7 +502,8 @@ def _extxyz_paths(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell)
     if _chosen(snapshot, stage) != "relaxations":
         _diffusion_paths(snapshot, path, str(stage), molecules)
         return
-    relaxations = Lookup(snapshot.read("relaxations", ["key", "stage", "level", "program"]))
+    names = ["key", "stage", "level", "program", "numbers"]
+    relaxations = Lookup(snapshot.read("relaxations", names))
     about_stage = relaxations.rows["stage"]
     lost = 0
     with open(path, "w", encoding="utf-8") as file:
@@ -527,7 +528,8 @@ def _extxyz_paths(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell)
                 for name in ("stage", "level", "program"):
                     column = relaxations.rows[name]
                     info[name] = column.names[column.codes[task]]
-                _write_xyz(file, path_atoms(rows, row, known["numbers"][owner], _comment(info)))
+                numbers = relaxations.rows["numbers"][task]
+                _write_xyz(file, path_atoms(rows, row, numbers, _comment(info)))
     if lost:
         tell(f"left out: {lost} paths whose molecule or relaxation is in an unreadable file")
 

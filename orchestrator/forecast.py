@@ -81,7 +81,9 @@ def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
 def _learn(estimates: list[Estimate], plan: Plan, rows: Rows, atoms: dict[bytes, int]) -> None:
     keys = rows["mol_key"].tobytes()
     n_atoms = np.array([atoms.get(keys[16 * i : 16 * i + 16], 0) for i in range(len(rows))])
-    ok = rows["status"].equals("ok") & (n_atoms > 0)
+    ok = rows["status"].equals("ok")
+    if not plan.from_noise:
+        ok &= n_atoms > 0
     for stage in plan.stages:
         mine = ok & rows["kernel"].equals(stage.label)
         # The same program on another level, or on paths of another length, tells less.
@@ -119,7 +121,7 @@ def _roots_of_files(campaign: Campaign, plan: Plan, read: _Read) -> Iterator[lis
             if read.bad <= _BAD_EXAMPLES:
                 read.examples.append(f"{entry.source}, line {entry.line}: {problem}")
             continue
-        key = origin = ingest.molecule_key(molecule)
+        key = origin = ingest.molecule_key(molecule, entry.name)
         new = seen.add(*key_words(key))
         read.molecules += new
         if plan.from_files and entry.positions is not None:

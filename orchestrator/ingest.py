@@ -39,9 +39,19 @@ _CHUNK_NAME = re.compile(r"^(\d+)-(\d+)-(\d+)-(\d+)-[0-9a-f]{8}\.h5$")
 STAGE = "molecules"
 
 
-def molecule_key(molecule: Molecule) -> bytes:
-    """Return the 16-byte key of a molecule: what it is, not how it was written."""
-    parts = (molecule.smiles, molecule.numbers.tolist(), molecule.charge, molecule.multiplicity)
+def molecule_key(molecule: Molecule, name: str = "") -> bytes:
+    """Return the 16-byte key of a molecule: what it is, not how it was written.
+
+    One that is still to be made, and has no atoms yet, goes by its ``name``.
+    """
+    parts: tuple[Any, ...] = (
+        molecule.smiles,
+        molecule.numbers.tolist(),
+        molecule.charge,
+        molecule.multiplicity,
+    )
+    if not len(molecule.numbers):
+        parts = (*parts, name)
     return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()[:16]
 
 
@@ -233,7 +243,7 @@ class Reader:
             if problem := unfit(entry, self.with_geometries):
                 tasks.append(_entry_record(entry, "input", problem, NO_KEY))
                 continue
-            key = molecule_key(molecule)
+            key = molecule_key(molecule, entry.name)
             new = self.seen.add(*key_words(key))
             geometry_new = False
             if self.with_geometries and entry.positions is not None:

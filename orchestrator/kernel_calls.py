@@ -68,14 +68,28 @@ def batches(stage: Call, payloads: Sequence[Payload]) -> list[list[int]]:
     if stage.kernel not in _BATCHED:
         return [[i] for i in range(len(payloads))]
     by_size: dict[int, list[int]] = {}
-    for i, payload in enumerate(payloads):
-        by_size.setdefault(0 if payload.numbers is None else len(payload.numbers), []).append(i)
+    for i, n_atoms in enumerate(_sizes(stage, payloads)):
+        by_size.setdefault(n_atoms, []).append(i)
     made = []
     for n_atoms, members in sorted(by_size.items()):
         pairs = _GPU_PAIRS if stage.gpu else _CPU_PAIRS
-        size = max(1, pairs // max(1, n_atoms) ** 2)
+        size = max(1, pairs // n_atoms**2)
         made += [members[at : at + size] for at in range(0, len(members), size)]
     return made
+
+
+def _sizes(stage: Call, payloads: Sequence[Payload]) -> list[int]:
+    """Return numbers of atoms, also of molecules that are still to be made."""
+    if stage.kernel != "generate":
+        return [len(p.numbers) for p in payloads if p.numbers is not None]
+    from kernels.diffusion.model_files import find, read_header
+    from kernels.diffusion.sizes import draw_size
+
+    try:
+        histogram = read_header(find(stage.model)).size_histogram
+    except KernelError:
+        return [1] * len(payloads)  # `prepare` will say what is wrong
+    return [draw_size(histogram, payload.seed) for payload in payloads]
 
 
 def prepare(stage: Call) -> None:
@@ -161,6 +175,10 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
     return RelaxState.from_arrays(arrays), tried
 
 
+# What the tables call an optimizer that started from another Hessian than ASE's.
+_HESSIANS = {"unit": "", "force-field": ", force field's Hessian"}
+
+
 def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
     from kernels.calculators import ladder, make_calculator, program_version
     from kernels.connectivity import changes
@@ -225,7 +243,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         "relaxations": {
             "level": level,
             "program": label,
-            "optimizer": wanted["optimizer"],
+            "optimizer": wanted["optimizer"] + _HESSIANS[settings.initial_hessian],
             "n_atoms": len(payload.numbers),
             "n_steps": done.steps,
             "n_evaluations": done.n_evaluations,
@@ -328,6 +346,57 @@ def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
             },
         }
         outcomes.append(_done(rows, 900 + made.frames.nbytes))
+    return outcomes
+
+
+def _generate(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
+    from kernels.diffusion.generation import GenerateSettings, generate
+
+    model = _model(stage.model, stage.settings["model"], stage.gpu)
+    settings = GenerateSettings(save_every=stage.settings["save_every"])
+    limit = stage.memory_limit // 2 if stage.memory_limit and model.device.type == "cpu" else None
+    outcomes = []
+    for made in generate(model, [p.seed for p in payloads], settings, memory_limit=limit):
+        if isinstance(made, KernelError):
+            outcomes.append(_failed(made))
+            continue
+        steps = model.schedule.steps
+        measured = made.convergence
+        rows = {
+            "geometries": {
+                "method": f"diffusion {model.name} from noise",
+                "energy_eV": np.nan,
+                "initial_energy_eV": np.nan,
+                "n_steps": steps,
+                "numbers": made.numbers,
+                "positions": made.frames[-1],
+            },
+            "paths": {
+                "model": model.name,
+                "model_digest": model.digest,
+                "n": steps,
+                "protocol": "generation",
+                "changed_elements": 0,
+                "connectivity_changed": False,
+                "level": made.levels,
+                "numbers": made.numbers,
+                "positions": made.frames.reshape(-1, 3),
+            },
+            "generations": {
+                "model": model.name,
+                "n_atoms": len(made.numbers),
+                "level": made.levels,
+                "step_length_A": measured.step_length,
+                "bond_deviation_A": measured.bond_deviation,
+                "elements_final": measured.elements_final,
+                "all_elements_final": measured.elements_final == 1,
+                "bonds_final": measured.bonds_final,
+                "all_bonds_final": measured.bonds_final == 1,
+                "valid_bonds": measured.valid_bonds,
+            },
+        }
+        nbytes = 1200 + made.frames.nbytes + 24 * len(made.levels)
+        outcomes.append({**_done(rows, nbytes), "weight": float(len(made.numbers) ** 2)})
     return outcomes
 
 
@@ -452,4 +521,5 @@ _KERNELS: dict[str, Callable[[Call, Payload, Callable[[], bool]], dict[str, Any]
 
 _BATCHED: dict[str, Callable[[Call, Sequence[Payload]], list[dict[str, Any]]]] = {
     "diffuse": _diffuse,
+    "generate": _generate,
 }

@@ -141,7 +141,8 @@ def sources_digest(files: Sequence[Path], source: MoleculeSource) -> str:
     Where the files lie does not matter. Raises CampaignError for one that cannot be read.
     """
     digest = hashlib.sha256()
-    settings = source.model_dump(exclude={"files"})
+    # Plans made before there were samples keep their digest.
+    settings = source.model_dump(exclude={"files"} | ({"samples"} if not source.samples else set()))
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for path in files:
         try:
@@ -166,7 +167,10 @@ def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -
     The first ``skip`` records are passed over (they count towards the limit), which is quick.
     What would make a whole file useless (unreadable, no such column, UTF-16) raises
     CampaignError at once, before the first record; after that nothing stops the stream.
+    Without files: as many records as the source asks for samples, of which nothing is known yet.
     """
+    if source.samples is not None:
+        return map(_sample, range(skip, source.samples))
     for path in files:
         _check_file(path, source)
     unread = _Skip(skip)
@@ -177,6 +181,21 @@ def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -
         unread.left = 0
         entries = (entry for entry in entries if _in_part(entry, source.split))
     return itertools.islice(entries, skip, source.limit)
+
+
+def _sample(number: int) -> Entry:
+    from kernels.graph import Molecule
+
+    nothing: NDArray[np.uint8] = _no_atoms()
+    molecule = Molecule("", nothing, charge=0, multiplicity=0, formula="", n_heavy=0)
+    return Entry("[molecules] samples", number + 1, "", f"sample {number}", molecule, None, None)
+
+
+@lru_cache(maxsize=1)
+def _no_atoms() -> NDArray[np.uint8]:
+    import numpy as np
+
+    return np.zeros(0, np.uint8)
 
 
 def split_of(name: str) -> str:

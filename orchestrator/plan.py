@@ -18,6 +18,7 @@ from orchestrator.errors import CampaignError
 from orchestrator.key_index import KeyIndex
 
 NO_KEY = bytes(16)
+_FROM_NO_GEOMETRY = frozenset({"embed", "generate", "rehearse"})
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -45,7 +46,8 @@ class StagePlan:
     """One stage: the part of its tasks' keys that they share, and how they are run.
 
     ``model``: name or file of the diffusion model, whose digest stands in the settings; ``frames``:
-    geometries that one task makes or computes; ``along_path``: whether it starts from a path.
+    geometries that one task makes or computes; ``along_path``: whether it starts from a path, and
+    ``settled_only`` from that part alone where no element changes any more.
     """
 
     index: int
@@ -63,6 +65,7 @@ class StagePlan:
     model: str = ""
     frames: int = 1
     along_path: bool = False
+    settled_only: bool = False
 
     def key(self, origin: bytes, conformer: int) -> bytes:
         """Return the 16-byte key of the task that starts from ``origin``.
@@ -80,7 +83,7 @@ def _stage_plan(
     campaign: Campaign, index: int, stage: Stage, parent: int, before: StagePlan | None
 ) -> StagePlan:
     settings = stage.settings()
-    if stage.kernel == "embed" or settings.get("protocol") == "published":
+    if stage.kernel in ("embed", "generate") or settings.get("protocol") == "published":
         settings = {**settings, "seed": campaign.seed}
     programs = stage.programs()
     determines = {
@@ -110,8 +113,9 @@ def _stage_plan(
         memory_limit=stage.memory_limit,
         words=stage.words(),
         model=model,
-        frames=before.frames if along_path and before else getattr(stage, "n", (0,))[0] + 1,
+        frames=before.frames if along_path and before else stage.frames,
         along_path=along_path,
+        settled_only=along_path and before is not None and before.kernel == "generate",
     )
 
 
@@ -156,7 +160,12 @@ class Plan:
     @property
     def from_files(self) -> bool:
         """Whether molecules bring their geometry instead of being embedded."""
-        return all(s.kernel not in ("embed", "rehearse") for s in self.stages if s.parent < 0)
+        return all(s.kernel not in _FROM_NO_GEOMETRY for s in self.stages if s.parent < 0)
+
+    @property
+    def from_noise(self) -> bool:
+        """Whether molecules are not known before they are made."""
+        return any(s.kernel == "generate" for s in self.stages)
 
     def chains(self, root: Root) -> Iterator[tuple[int, list[bytes]]]:
         """Yield (conformer, the key of each stage) for everything planned for one root."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -169,6 +169,7 @@ class Comparison:
     baseline: str
     level: str
     program: str
+    optimizer: str
     relaxations: Rows
     molecules: Rows
     owner: Indices
@@ -179,8 +180,18 @@ class Comparison:
     published: Published
 
     def best(self) -> Arm | None:
-        """Return the arm by way of diffusion that saves most steps in the median."""
-        arms = [arm for arm in self.arms if arm.diffused and arm.all.pairs]
+        """Return the arm by way of diffusion that saves most steps in the median.
+
+        Only arms that relax as the baseline does, so that what is saved is saved by diffusion.
+        """
+        return self._best(lambda arm: arm.diffused and arm.optimizer == self.optimizer)
+
+    def best_otherwise(self) -> Arm | None:
+        """Return the arm, diffusion or not, that relaxes by other rules and saves most steps."""
+        return self._best(lambda arm: arm.optimizer != self.optimizer)
+
+    def _best(self, wanted: Callable[[Arm], bool]) -> Arm | None:
+        arms = [arm for arm in self.arms if wanted(arm) and arm.all.pairs]
         return max(arms, key=lambda arm: arm.all.reduction.value, default=None)
 
 
@@ -392,6 +403,7 @@ def compare(store: Store, *, baseline: str = "", order: Sequence[str] = ()) -> C
         baseline=baseline,
         level=level,
         program=program,
+        optimizer=_word(relaxations["optimizer"], int(theirs[-1])),
         relaxations=relaxations,
         molecules=molecules,
         owner=owner,
@@ -623,11 +635,17 @@ def _series(arms: Sequence[Arm]) -> tuple[Series, ...]:
 def saved_line(comparison: Comparison) -> str:
     """Return in one line how many relaxation steps diffusion saved; empty without diffusion.
 
-    Of several arms the line is about the one that saved most, and says which it is.
+    Of several arms the line is about the one that saved most, and says which it is. What another
+    optimizer or another Hessian saved is said apart.
     """
     arm = comparison.best()
     if arm is None:
         return ""
+    other = comparison.best_otherwise()
+    besides = ""
+    if other is not None and other.all.reduction.value > arm.all.reduction.value:
+        way = f"{'diffusion and ' if other.diffused else ''}{other.optimizer}"
+        besides = f"; {100 * other.all.reduction.value:.0f} % with {way} ({other.stage})"
     found, n = arm.all.reduction, arm.all.molecules
     interval = (
         f"95 % CI {100 * found.low:.0f} to {100 * found.high:.0f}, "
@@ -637,6 +655,7 @@ def saved_line(comparison: Comparison) -> str:
     return (
         f"diffusion saved {100 * found.value:.0f} % of the relaxation steps (median, {interval}"
         f"{n:,} molecule{'s' if n != 1 else ''}; {arm.stage} against {comparison.baseline})"
+        f"{besides}"
     )
 
 

@@ -94,6 +94,11 @@ def _find_root(
                 mol_keys.add(key_bytes(owner))
         if not mol_keys and len(text) == 32:
             wanted_key = bytes.fromhex(text)
+    if not mol_keys and wanted_key is None and plan.from_noise:
+        # Molecules made from noise have a name and no SMILES.
+        rows = store.read("molecules", ["key", "name"])
+        named = [i for i, name in enumerate(rows["name"].strings()) if name == what.strip()]
+        mol_keys.update(key_bytes(rows["key"][i]) for i in named)
     if not mol_keys and wanted_key is None:
         from kernels.errors import KernelError
         from kernels.graph import parse_smiles
@@ -139,7 +144,8 @@ def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
             m = molecules.take(at[:1])
             name, smiles = m["name"].strings()[0], m["smiles"].strings()[0]
             source = f"{m['source'].strings()[0]}, line {int(m['line'][0])}"
-            lines.append(f"{name or smiles}: {smiles or 'no graph'} ({source})")
+            made = "made from noise" if plan.from_noise else "no graph"
+            lines.append(f"{name or smiles}: {smiles or made} ({source})")
         for conformer, keys in plan.chains(root):
             if wanted is not None and wanted not in keys and wanted != root.mol_key:
                 continue

@@ -16,6 +16,8 @@ from orchestrator.plan import Item, Plan, Root, StagePlan, standing
 MAX_ITEMS = 2000
 FIRST_S = 1.0
 _MEASURED_ITEMS = 16
+# Of a molecule that is still to be made.
+_USUAL_ATOMS = 20
 # Growth of cost with the number of atoms, and a first guess in seconds at 20 atoms (of each frame
 # of a path): measured for RDKit, GFN2-xTB and a network of 4 layers, replaced by what finished
 # tasks say as soon as there are some.
@@ -25,6 +27,7 @@ _COST = {
     "relax": (2.0, 0.2),
     "diffuse": (2.0, 0.005),
     "single_points": (2.0, 0.006),
+    "generate": (0.0, 0.005),
     "rehearse": (0.0, 0.001),
 }
 
@@ -44,12 +47,13 @@ class Estimate:
 
     def seconds(self, n_atoms: int) -> float:
         """Return the expected seconds of one item with that many atoms."""
-        return float(self._rate * n_atoms**self._power)
+        return float(self._rate * (n_atoms or _USUAL_ATOMS) ** self._power)
 
     def learn(self, n_atoms: NDArray[np.int64], wall_s: NDArray[np.float32]) -> None:
         """Take in finished items (K,); older ones slowly lose their weight."""
         if not len(n_atoms):
             return
+        n_atoms = np.where(n_atoms > 0, n_atoms, _USUAL_ATOMS)
         decay = 0.5 ** (len(n_atoms) / 1000)
         self._seconds = self._seconds * decay + float(wall_s.sum())
         self._weight = self._weight * decay + float((n_atoms.astype(float) ** self._power).sum())

@@ -166,11 +166,45 @@ def _parents(bundle: Bundle, *, paths: bool = False) -> _Found:
     return found
 
 
+def _settled(bundle: Bundle) -> dict[bytes, int]:
+    """Return from which frame of its path on each parent has its final elements."""
+    from orchestrator.columns import key_bytes
+    from orchestrator.store import Store
+
+    wanted = {item.parent_key for item in bundle.items}
+    found: dict[bytes, int] = {}
+
+    def look(rows: Rows) -> None:
+        for row, words in enumerate(rows["key"].tolist()):
+            key = key_bytes(words)
+            if key in wanted:
+                changing = np.flatnonzero(rows["all_elements_final"][row] == 0)
+                found[key] = int(changing[-1]) + 1 if len(changing) else 0
+
+    names = ["key", "all_elements_final"]
+    for hint in {item.hint for item in bundle.items if item.hint}:
+        try:
+            with shard.open_shard(Path(hint)) as file:
+                if file.n_rows("generations"):
+                    look(file.read("generations", names))
+        except (FileNotFoundError, CorruptShardError, StoreVersionError):
+            continue  # compacted or damaged meanwhile: the store is asked below
+    if len(found) < len(wanted):
+        look(Store(bundle.store).read("generations", names))
+    return found
+
+
+def _lowest_multiplicity(numbers: NDArray[np.uint8] | None, charge: int) -> int:
+    """Return 1 or 2 for a molecule that had no electrons to count when it was planned."""
+    return 1 if numbers is None else 1 + (int(numbers.sum()) - charge) % 2
+
+
 def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
     """Return the runnable items' positions in the bundle, and what to run."""
-    needs_geometry = bundle.stage.kernel not in ("embed", "rehearse")
+    needs_geometry = bundle.stage.kernel not in ("embed", "generate", "rehearse")
     along_path = bundle.stage.along_path
     parents = _parents(bundle, paths=along_path) if needs_geometry else {}
+    settled = _settled(bundle) if bundle.stage.settled_only else {}
     where: list[int] = []
     payloads: list[Payload] = []
     store = Path(bundle.store)
@@ -178,6 +212,8 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
     for i, item in enumerate(bundle.items):
         numbers, positions = parents.get(item.parent_key, (None, None))
         if needs_geometry and positions is None:
+            continue
+        if bundle.stage.settled_only and item.parent_key not in settled:
             continue
         frames = None
         if along_path and numbers is not None and positions is not None:
@@ -188,13 +224,14 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
             Payload(
                 item.smiles,
                 item.charge,
-                item.multiplicity,
+                item.multiplicity or _lowest_multiplicity(numbers, item.charge),
                 int.from_bytes(item.key[:8], "big"),
                 item.conformer,
                 numbers,
                 None if positions is None else positions.astype(np.float64),
                 str(checkpoint_path(store, item.key)) if long else "",
                 frames,
+                settled.get(item.parent_key, 0),
             )
         )
     return where, payloads

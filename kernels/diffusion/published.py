@@ -12,7 +12,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +20,11 @@ from torch import Tensor
 
 from kernels.diffusion.egnn import DRUGS_ELEMENTS, QM9_ELEMENTS, ModelConfig
 from kernels.diffusion.schedule import Schedule
+from kernels.diffusion.sizes import QM9_SIZES
 from kernels.errors import InputError
 
 # Real settings take about a kilobyte; a larger file is something else.
 _LARGEST_SETTINGS = 1_000_000
-
-# Numbers of atoms in the QM9 training split of the EDM code, and how often each occurs.
-_QM9_SIZES: Final[Mapping[int, int]] = {
-    3: 1, 4: 4, 5: 5, 6: 9, 7: 16, 8: 49, 9: 124, 10: 362, 11: 807, 12: 1689, 13: 3060, 14: 5136,
-    15: 7796, 16: 10644, 17: 13025, 18: 13364, 19: 13832, 20: 9482, 21: 9970, 22: 3393, 23: 4848,
-    24: 539, 25: 1506, 26: 48, 27: 266, 29: 25,
-}  # fmt: skip
 
 # Largest difference of gamma between a checkpoint (float32) and the schedule it says it has.
 _GAMMA_TOLERANCE = 2e-3
@@ -190,7 +184,7 @@ def _configuration(
         feature_scaling=tuple(
             _number({"normalize_factors": value}, "normalize_factors", 1, path) for value in scaling
         ),  # type: ignore[arg-type]
-        size_histogram=_QM9_SIZES if elements == QM9_ELEMENTS else {},
+        size_histogram=QM9_SIZES if elements == QM9_ELEMENTS else {},
     )
     _check_schedule(config, state, path)
     return config
