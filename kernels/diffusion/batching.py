@@ -1,4 +1,4 @@
-"""Molecules in batches: of equal size, as large as memory allows, and halved where it does not."""
+"""Molecules in batches, as large as memory allows, and halved where it does not."""
 
 from __future__ import annotations
 
@@ -32,46 +32,54 @@ def in_batches(
     *,
     memory_limit: int | None = None,
     batch_pairs: int | None = None,
+    mixed: bool = False,
 ) -> list[Result | KernelError]:
     """Return the result of each of some molecules of ``sizes`` atoms, in their order.
 
-    ``compute`` gets the places of molecules of equal size and gives a result for each.
+    ``compute`` gets the places of molecules of equal size, or where `mixed` of any sizes, and gives
+    a result for each.
     `memory_limit` bounds a batch, in bytes; a batch that runs out of memory all the same is halved
     and tried again, and a molecule that does alone has a ResourceError. `batch_pairs` sets how many
     pairs of atoms share a batch (default: few on a CPU, as memory allows on a GPU).
     """
     results: dict[int, Result | KernelError] = {}
-    buckets: dict[int, list[int]] = {}
-    for index, n_atoms in enumerate(sizes):
-        buckets.setdefault(n_atoms, []).append(index)
-    for n_atoms, members in sorted(buckets.items()):
-        size = _batch_size(model, n_atoms, memory_limit, batch_pairs)
-        waiting = [members[at : at + size] for at in range(0, len(members), size)][::-1]
-        while waiting:
-            batch = waiting.pop()
-            try:
-                made = compute(batch)
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    results[batch[0]] = ResourceError(
-                        f"{n_atoms} atoms do not fit in the memory of {model.device}: "
-                        f"{str(error).splitlines()[0] if str(error) else 'out of memory'}"
-                    )
-                    continue
-                half = len(batch) // 2
-                waiting += [batch[half:], batch[:half]]
-            else:
-                results.update(zip(batch, made, strict=True))
-            _release(model.device)
+    most = _most_pairs(model, memory_limit, batch_pairs)
+    waiting: list[list[int]] = []
+    pairs = 0
+    # By size, so that molecules of like size share a batch even where they need not.
+    for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
+        mine = sizes[index] ** 2
+        fits = bool(waiting) and (mixed or sizes[waiting[-1][0]] == sizes[index])
+        if fits and pairs + mine <= most:
+            waiting[-1].append(index)
+            pairs += mine
+        else:
+            waiting.append([index])
+            pairs = mine
+    waiting.reverse()
+    while waiting:
+        batch = waiting.pop()
+        try:
+            made = compute(batch)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                results[batch[0]] = ResourceError(
+                    f"{sizes[batch[0]]} atoms do not fit in the memory of {model.device}: "
+                    f"{str(error).splitlines()[0] if str(error) else 'out of memory'}"
+                )
+                continue
+            half = len(batch) // 2
+            waiting += [batch[half:], batch[:half]]
+        else:
+            results.update(zip(batch, made, strict=True))
+        _release(model.device)
     return [results[index] for index in range(len(sizes))]
 
 
-def _batch_size(
-    model: Model, n_atoms: int, memory_limit: int | None, batch_pairs: int | None
-) -> int:
-    """Molecules that share a batch: what memory allows, on a CPU what the cache holds."""
+def _most_pairs(model: Model, memory_limit: int | None, batch_pairs: int | None) -> int:
+    """Pairs of atoms that share a batch: what memory allows, on a CPU what the cache holds."""
     per_pair = 4 * model.config.hidden * _LIVE_ARRAYS
     device = model.device
     if memory_limit is None:
@@ -80,10 +88,8 @@ def _batch_size(
             memory_limit = int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
     pairs = memory_limit // per_pair
     if batch_pairs is not None:
-        pairs = min(pairs, batch_pairs)
-    elif device.type == "cpu":
-        pairs = min(pairs, _CPU_ARRAY // (4 * model.config.hidden))
-    return max(1, pairs // n_atoms**2)
+        return min(pairs, batch_pairs)
+    return min(pairs, _CPU_ARRAY // (4 * model.config.hidden)) if device.type == "cpu" else pairs
 
 
 def _out_of_memory(error: Exception) -> bool:

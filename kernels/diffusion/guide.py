@@ -8,7 +8,7 @@ where the two agree, by the force field's curvature, so that bonds and torsions 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.diffusion.checkpoint import Model
 from kernels.diffusion.egnn import features
+from kernels.diffusion.refiner import Refiner, layout
 from kernels.errors import InputError
 from kernels.forcefield import Surface, compliance
 from kernels.graph import bond_orders
@@ -61,27 +62,34 @@ Evaluate: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 def guided(
     model: Model,
     evaluate: Evaluate,
-    members: Sequence[Guide],
-    numbers: NDArray[np.uint8],
-    start: NDArray[np.float64],
+    guides: Sequence[Guide],
+    numbers: Sequence[NDArray[np.uint8]],
+    starts: Sequence[NDArray[np.float64]],
     n: int,
-) -> NDArray[np.float64]:
-    """Paths (n + 1, B, N, 3) in Å of B molecules of equal size from numbers and start (B, N, 3).
+) -> list[NDArray[np.float64]]:
+    """Path (n + 1, N, 3) in Å of each molecule, all computed together whatever their sizes.
 
-    `evaluate` calls the network at the precision asked for. A molecule that leaves the finite
-    numbers is NaN from there on, and the others do not notice.
+    `numbers` (N,) and `starts` (N, 3) in Å, one each per molecule; `evaluate` calls a network at
+    the precision asked for. A molecule that leaves the finite numbers is NaN from there on, and
+    the others do not notice.
     """
-    device = model.device
-    graph = torch.from_numpy(np.stack([guide.bonds for guide in members])).to(device)
-    h = features(torch.from_numpy(numbers).to(device).long(), model.config)
-    frames = np.full((n + 1, *start.shape), np.nan)
-    frames[0] = start
+    network, device = cast(Refiner, model.network), model.device
+    row = layout([torch.from_numpy(guide.bonds).to(device) for guide in guides])
+    h = features(torch.from_numpy(np.concatenate(numbers)).to(device).long(), model.config)
+    borders = np.cumsum([len(start) for start in starts])[:-1]
+
+    def predict(x: Tensor, h: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return network.gradient(x, h, row), h
+
+    paths = [np.full((n + 1, *start.shape), np.nan) for start in starts]
+    for path, start in zip(paths, starts, strict=True):
+        path[0] = start
     for k in range(1, n + 1):
-        now = frames[k - 1]
-        x = torch.from_numpy((now - now.mean(axis=1, keepdims=True)).astype(np.float32)).to(device)
-        level = torch.full((len(members),), (n - k + 1) / model.config.steps, device=device)
-        predicted = evaluate(model.network, x, h, level, graph)[0].double().cpu().numpy()
-        for row, guide in enumerate(members):
-            if np.isfinite(now[row]).all() and np.isfinite(predicted[row]).all():
-                frames[k, row] = now[row] + guide.move(now[row], predicted[row])
-    return frames
+        now = [path[k - 1] for path in paths]
+        flat = np.concatenate([x - x.mean(axis=0) for x in now]).astype(np.float32)
+        x = torch.from_numpy(flat).to(device)
+        predicted = evaluate(predict, x, h, None)[0].double().cpu().numpy()
+        for guide, path, part in zip(guides, paths, np.split(predicted, borders), strict=True):
+            if np.isfinite(path[k - 1]).all() and np.isfinite(part).all():
+                path[k] = path[k - 1] + guide.move(path[k - 1], part)
+    return paths

@@ -141,6 +141,7 @@ def diffuse(
         lambda batch: batches(model, [starts[fit[at]] for at in batch], settings),
         memory_limit=memory_limit,
         batch_pairs=batch_pairs,
+        mixed=batches is _guide_batch,
     )
     for index, path in zip(fit, made, strict=True):
         results[index] = path
@@ -233,13 +234,17 @@ def _guide_batch(
         guide if isinstance(guide, KernelError) else None for guide in made
     ]
     if fit:
-        numbers = np.stack([starts[index].numbers for index in fit])
-        positions = np.stack([starts[index].positions for index in fit])
-        members = [guide for guide in made if isinstance(guide, Guide)]
         with torch.inference_mode(), at_precision(settings.precision, model.device) as evaluate:
-            frames = guided(model, evaluate, members, numbers, positions, settings.n)
-        for row, index in enumerate(fit):
-            results[index] = _path(frames[:, row], settings.n, 0)
+            frames = guided(
+                model,
+                evaluate,
+                [guide for guide in made if isinstance(guide, Guide)],
+                [starts[index].numbers for index in fit],
+                [starts[index].positions for index in fit],
+                settings.n,
+            )
+        for index, path in zip(fit, frames, strict=True):
+            results[index] = _path(path, settings.n, 0)
     return [result for result in results if result is not None]
 
 

@@ -9,6 +9,7 @@ geometries alone. The minimum is where the force field's gradient equals the pre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -91,6 +92,34 @@ def terms(graph: Tensor) -> Terms:
     return Terms(bonds, orders, angles, torsions, torch.stack([i, j]) + at * n_atoms)
 
 
+class Layout(NamedTuple):
+    """Molecules of any sizes, one after the other: their terms, and per atom what it is bonded by.
+
+    `kinds` (atoms, 6): how many bonds of each order, and how many in all.
+    """
+
+    terms: Terms
+    kinds: Tensor
+
+
+def layout(graphs: Sequence[Tensor]) -> Layout:
+    """Lay out molecules, each given as its bond orders (N, N), in a row."""
+    shift, found, kinds = 0, [], []
+    for graph in graphs:
+        mine = terms(graph[None])
+        moved = [part if part is mine.orders else part + shift for part in mine]
+        found.append(Terms(*moved))
+        kinds.append(_kinds(graph))
+        shift += len(graph)
+    joined = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return Layout(Terms(*joined), torch.cat(kinds))
+
+
+def _kinds(graph: Tensor) -> Tensor:
+    orders = functional.one_hot(graph.long(), BOND_ORDERS)[..., 1:].sum(dim=-2)
+    return torch.cat([orders, orders.sum(dim=-1, keepdim=True)], dim=-1)
+
+
 class Refiner(nn.Module):
     """Predicts the force field's gradient (B, N, 3) in eV/Å at the minimum near a geometry.
 
@@ -127,33 +156,38 @@ class Refiner(nn.Module):
         """
         if graph is None:
             raise InputError("this model needs the bonds of a molecule, and they are not known")
-        n_batch, n_atoms, _ = x.shape
-        lists = terms(graph)
-        flat = x.reshape(-1, 3)
-        count = functional.one_hot(graph.long(), BOND_ORDERS)[..., 1:].sum(dim=2)
-        degree = (graph > 0).sum(-1, keepdim=True)
-        state = self.embedding(torch.cat([h, count.to(h.dtype), degree.to(h.dtype)], dim=-1))
-        state = state.reshape(n_batch * n_atoms, -1)
+        kinds = _kinds(graph).reshape(-1, BOND_ORDERS)
+        flat = h.reshape(len(kinds), -1)
+        found = self.gradient(x.reshape(-1, 3), flat, Layout(terms(graph), kinds))
+        return found.reshape(x.shape), torch.zeros_like(h)
+
+    def gradient(self, x: Tensor, h: Tensor, layout: Layout) -> Tensor:
+        """Predict the gradient (atoms, 3) in eV/Å for molecules in a row.
+
+        Positions x (atoms, 3) in Å, features h (atoms, F).
+        """
+        lists = layout.terms
+        state: Tensor = self.embedding(torch.cat([h, layout.kinds.to(h.dtype)], dim=-1))
         orders = functional.one_hot(lists.orders.long(), BOND_ORDERS).to(h.dtype)
         i, j = lists.bonds
-        _, lengths = _apart(flat, i, j)
+        _, lengths = _apart(x, i, j)
         about = torch.cat([self.basis(lengths), orders], dim=-1)
         source, target = torch.cat([i, j]), torch.cat([j, i])
         about2 = torch.cat([about, about])
         for block in self.blocks:
             state = block(state, source, target, about2)
-        pulls = torch.zeros_like(flat)
-        pulls = self._pull(pulls, flat, self.bond, (i, j), [state[i] + state[j]], [orders])
+        pulls = torch.zeros_like(x)
+        pulls = self._pull(pulls, x, self.bond, (i, j), [state[i] + state[j]], [orders])
         a, k, b = lists.angles
         ends = [state[a] + state[b], state[k]]
-        pulls = self._pull(pulls, flat, self.angle, (a, b), ends, [])
+        pulls = self._pull(pulls, x, self.angle, (a, b), ends, [])
         a, k, m, b = lists.torsions
         ends = [state[a] + state[b], state[k] + state[m]]
-        turn = _cosine(flat, a, k, m, b)[:, None]
-        pulls = self._pull(pulls, flat, self.torsion, (a, b), ends, [turn])
+        turn = _cosine(x, a, k, m, b)[:, None]
+        pulls = self._pull(pulls, x, self.torsion, (a, b), ends, [turn])
         a, b = lists.contacts
-        pulls = self._pull(pulls, flat, self.contact, (a, b), [state[a] + state[b]], [])
-        return pulls.reshape(x.shape), torch.zeros_like(h)
+        pulls = self._pull(pulls, x, self.contact, (a, b), [state[a] + state[b]], [])
+        return pulls
 
     def _pull(
         self,
