@@ -100,7 +100,7 @@ class Summary:
     cpu_saved_share: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Arm:
     """The relaxations of one stage, pair by pair with those of the baseline.
 
@@ -178,6 +178,12 @@ class Comparison:
     arms: tuple[Arm, ...]
     series: tuple[Series, ...]
     published: Published
+
+    def published_reduction(self, arm: Arm) -> float | None:
+        """Return the published saving of an arm like this one; the study had plain BFGS only."""
+        if not arm.diffused or arm.optimizer != self.optimizer:
+            return None
+        return self.published.reduction(arm.n)
 
     def best(self) -> Arm | None:
         """Return the arm by way of diffusion that saves most steps in the median.
