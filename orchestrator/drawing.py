@@ -91,6 +91,7 @@ def svg(figure: Figure) -> str:
 
 def number(value: float, digits: int = 1) -> str:
     """Return a number with a thousands separator (a thin space) and a true minus sign."""
+    value = round(value, digits) + 0.0  # -0.0 has no sign to show
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\u2212")
 
 

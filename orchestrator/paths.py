@@ -58,6 +58,13 @@ def _word(column: Category, row: int) -> str:
     return column.names[int(column.codes[row])]
 
 
+def _row_ids(rows: Rows, mine: Indices) -> Indices:
+    """Return a number for each row that rows with the same parent share."""
+    parents = rows["parent_key"][mine]
+    ids: Indices = np.unique(parents, axis=0, return_inverse=True)[1].reshape(-1)
+    return ids
+
+
 class _Minima:
     """Relaxed geometries by level of theory, program and where they began."""
 
@@ -68,6 +75,9 @@ class _Minima:
         for level in levels.names:
             for program in programs.names:
                 mine = np.flatnonzero(levels.equals(level) & programs.equals(program))
+                # Of several relaxations from one geometry the lowest is its minimum.
+                mine = mine[np.argsort(rows["final_energy_eV"][mine], kind="stable")]
+                mine = mine[np.sort(np.unique(_row_ids(rows, mine), return_index=True)[1])]
                 keys = Rows(rows.schema, {"key": rows["parent_key"][mine]})
                 self._by[level, program] = (mine, Lookup(keys))
 

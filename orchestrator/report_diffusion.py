@@ -44,6 +44,7 @@ _FIGURES: Final = 4
 _DRAWN: Final = 1500
 _FEW: Final = 300
 _MANY_ARROWS: Final = 60
+_FAR_APART: Final = 60.0
 _LONGEST_ARROW: Final = 0.45  # inches
 _DEEPER, _HIGHER = "#3c8d5a", "#c8553d"
 _TARGETS: Final = {"minimum": COLOURS[0], "force": COLOURS[1]}
@@ -72,7 +73,10 @@ def gather(store: Store, order: Sequence[str] = ()) -> Diffusion:
         comparison = compare(store, order=order)
     except StoreError:
         comparison = None
-    found = paths.walks(store)
+    place = {name: at for at, name in enumerate(order)}
+    found = sorted(
+        paths.walks(store), key=lambda walk: (place.get(walk.stage, -1), walk.model, walk.n)
+    )
     return Diffusion(
         comparison if comparison is not None and comparison.arms else None,
         paths.energy_curves(found),
@@ -119,9 +123,9 @@ def sentences(found: Diffusion) -> list[str]:
 
 
 def _arm_sentence(comparison: Comparison, arm: Arm) -> str:
-    one, study = arm.all, comparison.published
+    one = arm.all
     within = _between(one.reduction, lambda v: number(100 * v, 0))
-    known = study.reduction(arm.n)
+    known = comparison.published_reduction(arm)
     details = ", ".join(
         filter(
             None,
@@ -145,6 +149,13 @@ def _arm_sentence(comparison: Comparison, arm: Arm) -> str:
         )
     if np.isfinite(one.cpu_saved_share):
         said += f", and with its own time counted it {_saved(one.cpu_saved_share)} CPU time"
+    other = comparison.best_otherwise()
+    if other is not None and other.all.reduction.value > one.reduction.value:
+        said += (
+            f". {'With ' if other.diffused else 'Without diffusion, with '}{other.optimizer} "
+            f"({other.stage}) it is {_percent(other.all.reduction.value)} of the steps and "
+            f"{_percent(other.all.cpu_saved_share)} of the CPU time"
+        )
     return f"{said}."
 
 
@@ -172,8 +183,8 @@ def _with_interval(found: Estimate, form: Callable[[float], str], unit: str = ""
 
 
 STEP_COLUMNS: Final = (
-    "arm", "starts from", "molecules", "median steps", "steps saved, median (95\u00a0%\u00a0CI)",
-    "in the same basin", "published",
+    "arm", "starts from", "molecules", "median steps",
+    "steps saved, median (95\u00a0%\u00a0CI)", "in the same basin", "published",
 )  # fmt: skip
 ENERGY_COLUMNS: Final = (
     "arm", "start above minimum, kcal/mol (95\u00a0%\u00a0CI)", "baseline / arm",
@@ -182,12 +193,15 @@ ENERGY_COLUMNS: Final = (
 _WORDS: Final = ("arm", "starts from")
 
 
-def _step_row(arm: Arm, known: float | None) -> list[str]:
+def _step_row(comparison: Comparison, arm: Arm) -> list[str]:
     one, same = arm.all, arm.same
-    start = f"{arm.optimizer}, the same geometry"
+    start = "the same geometry"
     if arm.diffused:
         start = f"{arm.model}, n = {arm.n}"
         start += "" if arm.protocol == "deterministic" else f", {arm.protocol}"
+    if arm.optimizer != comparison.optimizer:
+        start += f"\n{arm.optimizer}"
+    known = comparison.published_reduction(arm)
 
     def share(value: float) -> str:
         return number(100 * value, 0)
@@ -254,14 +268,26 @@ def energy_figure(found: Diffusion) -> Picture | None:
     if not curves:
         return None
     figure, axes = new_figure(9.4, 3.3)
-    curves = sorted(curves, key=lambda c: (c.n, c.stage))
     top = max(float(max(c.mean.max(), c.high.max())) for c in curves)
     top = 1.14 * max(top, study.mmff)
     for colour, curve in zip(COLOURS * 9, curves, strict=False):
         axes.fill_between(curve.levels, curve.low, curve.high, color=colour, alpha=0.13, lw=0)
         axes.plot(curve.levels, curve.mean, color=colour, linewidth=1.9, label=curve.stage)
         axes.plot(curve.levels, curve.median, color=colour, linewidth=1.0, linestyle=":")
-    ends = _spread([float(c.mean[-1]) for c in curves], 0.065 * top)
+    bottom = min(float(min(c.mean.min(), c.low.min())) for c in curves)
+    if bottom > 0 and top > _FAR_APART * bottom:
+        bottom = 0.7 * min(bottom, study.diffused)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        ends = [
+            np.exp(y)
+            for y in _spread(
+                [float(np.log(c.mean[-1])) for c in curves], 0.065 * float(np.log(top / bottom))
+            )
+        ]
+    else:
+        bottom = min(0.0, 1.1 * bottom)
+        ends = _spread([float(c.mean[-1]) for c in curves], 0.065 * (top - bottom))
     for colour, curve, y in zip(COLOURS * 9, curves, ends, strict=False):
         axes.annotate(
             _energy(float(curve.mean[-1])), (0.0, y), xytext=(5, 0), color=colour,
@@ -270,9 +296,10 @@ def energy_figure(found: Diffusion) -> Picture | None:
     _reference(axes, study.mmff, f"published MMFF, {number(study.mmff, 1)}")
     _reference(axes, study.diffused, f"published end, {number(study.diffused, 1)}")
     _count_down(axes, np.concatenate([c.levels for c in curves]))
-    axes.set_ylim(min(0.0, 1.1 * min(float(c.low.min()) for c in curves)), top)
+    axes.set_ylim(bottom, top)
     axes.set_ylabel("energy above minimum (kcal/mol)")
-    axes.legend(frameon=False, fontsize=8.5, loc="upper right", ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", frameon=False, fontsize=8.5, ncols=6)
     n = max(c.molecules for c in curves)
     left_out = max(c.left_out for c in curves)
     theory = " and ".join(dict.fromkeys(c.level_of_theory for c in curves))
@@ -292,9 +319,11 @@ def alignment_figure(one: Alignment) -> Picture | None:
     ahead = [k for k in AHEAD if all(f"move {k}, {t}" in one.mean for t in _TARGETS)]
     if not ahead or "force, minimum" not in one.mean:
         return None
-    figure, panels = new_panels(9.4, 2.9, len(ahead))
+    figure, panels = new_panels(9.4, 2.9, max(len(ahead), 2))
     floor = 0.0
-    for axes, k in zip(panels, ahead, strict=True):
+    for empty in panels[len(ahead) :]:
+        empty.set_visible(False)
+    for axes, k in zip(panels, ahead, strict=False):
         names = [("force, minimum", FAINT)]
         names += [(f"move {k}, {target}", colour) for target, colour in _TARGETS.items()]
         for name, colour in names:
@@ -374,7 +403,7 @@ def scatter_figure(comparison: Comparison, arms: Sequence[Arm]) -> Picture | Non
         )  # fmt: skip
         saved = arm.all.reduction.value
         axes.plot([0, 2 * top], [0, 2 * top * (1 - saved)], color=colour, linewidth=1.5, zorder=3)
-        known = study.reduction(arm.n) if arm.diffused else None
+        known = comparison.published_reduction(arm)
         if known is not None:
             axes.plot(
                 [0, 2 * top], [0, 2 * top * (1 - known)], color=INK, linewidth=1.1,
@@ -414,7 +443,7 @@ def scatter_figure(comparison: Comparison, arms: Sequence[Arm]) -> Picture | Non
         "Relaxation steps against those of the same molecule from the MMFF geometry; area by "
         "number of atoms. Grey: as many steps; coloured line: the median saving"
     )
-    published = [(a.n, study.reduction(a.n)) for a in arms if a.diffused]
+    published = [(arm.n, comparison.published_reduction(arm)) for arm in arms]
     listed = ", ".join(
         dict.fromkeys(f"{_percent(v)} for n = {n}" for n, v in published if v is not None)
     )
@@ -596,14 +625,12 @@ def section(found: Diffusion) -> dict[str, Any]:
     note = ""
     if comparison:
         study, arms = comparison.published, comparison.arms
-        drawn = [arm for arm in arms if arm.diffused and not _in_series(arm, found)] or list(arms)
-        drawn = sorted(drawn, key=lambda arm: -arm.all.pairs)[:_PANELS]
-        wide.insert(0, scatter_figure(comparison, [arm for arm in arms if arm in drawn]))
+        wide.insert(0, scatter_figure(comparison, _telling(comparison)))
         pairs = training_figures(comparison)
         tables = [
             (
                 STEP_COLUMNS,
-                [_step_row(a, study.reduction(a.n) if a.diffused else None) for a in arms],
+                [_step_row(comparison, arm) for arm in arms],
             ),
             (ENERGY_COLUMNS, [_energy_row(arm) for arm in arms]),
         ]
@@ -637,7 +664,17 @@ def section(found: Diffusion) -> dict[str, Any]:
     }
 
 
-def _in_series(arm: Arm, found: Diffusion) -> bool:
-    """Whether an arm is one of several checkpoints of a training, but not the last of them."""
-    series = found.comparison.series if found.comparison else ()
-    return any(point.arm is arm for one in series for point in one.points[:-1])
+def _telling(comparison: Comparison) -> list[Arm]:
+    """Return the few arms to draw: the best ones, each kind first, in the campaign's order."""
+    early = [point.arm for series in comparison.series for point in series.points[:-1]]
+    left = [arm for arm in comparison.arms if arm.all.pairs and arm not in early]
+    left.sort(key=lambda arm: (not arm.diffused, -arm.all.reduction.value))
+    firsts: list[Arm] = []
+    kinds = set()
+    for arm in left:
+        kind = (arm.model, arm.protocol, arm.optimizer)
+        if kind not in kinds:
+            kinds.add(kind)
+            firsts.append(arm)
+    chosen = [*firsts, *(arm for arm in left if arm not in firsts)][:_PANELS]
+    return [arm for arm in comparison.arms if arm in chosen]

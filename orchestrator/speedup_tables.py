@@ -47,7 +47,7 @@ def _molecules(found: Summary) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.1f}x" if np.isfinite(value) else "-"
+    return f"{value:.{1 if value >= 1 else 2}f}x" if np.isfinite(value) else "-"
 
 
 def _steps_table(comparison: Comparison, pick: Callable[[Arm], Summary]) -> RenderableType:
@@ -59,7 +59,7 @@ def _steps_table(comparison: Comparison, pick: Callable[[Arm], Summary]) -> Rend
     for arm in comparison.arms:
         found = pick(arm)
         low, high = found.reduction_quartiles
-        known = study.reduction(arm.n) if arm.diffused else None
+        known = comparison.published_reduction(arm)
         table.add_row(
             arm.stage,
             _molecules(found),
@@ -178,7 +178,7 @@ def tables(comparison: Comparison) -> list[RenderableType]:
         "relaxation steps, medians; saved = 1 - steps/baseline steps of each molecule",
         _steps_table(comparison, lambda arm: arm.all),
     ]
-    if study.factors and any(study.reduction(arm.n) for arm in arms if arm.diffused):
+    if study.factors and any(comparison.published_reduction(arm) for arm in arms):
         parts.append(f"published middle half: {study.factors} faster ({study.where})")
     parts += [
         "",
@@ -215,7 +215,7 @@ def values(comparison: Comparison) -> dict[str, Any]:
             "relaxations": comparison.baseline_pairs,
             "start_above_own_minimum": asdict(comparison.own),
         },
-        "arms": [_arm_values(arm, study.reduction(arm.n)) for arm in comparison.arms],
+        "arms": [_arm_values(arm, comparison.published_reduction(arm)) for arm in comparison.arms],
         "series": [
             {
                 "checkpoints": series.family,
@@ -257,5 +257,5 @@ def _arm_values(arm: Arm, known: float | None) -> dict[str, Any]:
         "unpaired": arm.unpaired,
         "all": asdict(arm.all),
         "same_basin": asdict(arm.same),
-        "published_reduction": known if arm.diffused else None,
+        "published_reduction": known,
     }

@@ -39,6 +39,17 @@ def test_where_the_end_was_not_relaxed_the_start_s_minimum_counts(tmp_path: Path
     np.testing.assert_allclose(curve.mean, 4.0)
 
 
+def test_of_two_relaxations_from_one_end_the_lower_is_its_minimum(tmp_path: Path) -> None:
+    study = Study()
+    baseline = study.molecule("m")
+    path = study.diffuse(baseline)
+    upper = study.relax(path, baseline, 9, stage="relaxed")
+    study.relax(path, baseline, 3, stage="relaxed from another Hessian", delta=0.5)
+    study.points(path, np.full(21, 4.0), minimum=upper)
+    (curve,) = energy_curves(walks(study.store(tmp_path / "store")))
+    np.testing.assert_allclose(curve.mean, 4.5)
+
+
 def test_stages_and_levels_of_theory_have_curves_of_their_own(tmp_path: Path) -> None:
     study = Study()
     for name in ("a", "b"):

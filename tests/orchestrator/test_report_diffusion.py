@@ -80,6 +80,24 @@ def test_the_page_has_the_arms_and_the_scatter(tmp_path: Path) -> None:
     assert ENERGY not in pictures
 
 
+def test_another_optimiser_is_told_apart_from_diffusion(tmp_path: Path) -> None:
+    study = little_study()
+    for row in list(study.records.tables["relaxations"]):
+        if row["stage"] == "relaxed-20":
+            better = study.relax(row["parent_key"], row["key"], 2, stage="quick-20")
+            study.row("relaxations", better)["optimizer"] = "BFGS, another Hessian"
+    store = study.store(tmp_path / "store")
+    sentence = findings(store)[-1]
+    assert sentence.startswith("Diffusion saves 75 % of the relaxation steps")
+    assert "With BFGS, another Hessian (quick-20) it is 92 % of the steps" in sentence
+    page = page_of(store, tmp_path)
+    # The published saving is that of plain BFGS.
+    start = "qm9-gfn2, n = 20\nBFGS, another Hessian"
+    row = next(row for row in page.rows if row[:2] == ["quick-20", start])
+    assert row[6] == ""
+    assert all(name in page.pictures()[SCATTER] for name in ("relaxed-50", "quick-20"))
+
+
 def test_energies_and_alignment_are_drawn_where_they_were_computed(tmp_path: Path) -> None:
     store = with_points(little_study(3), forces=True).store(tmp_path / "store")
     page = page_of(store, tmp_path)
