@@ -122,12 +122,32 @@ class MoleculeSource(Table):
         description="Read only this part of a data set: by the last whole number n in the name, "
         "n % 10 = 0 is validation, 1 is test, the rest training",
     )
+    elements: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        examples=['["H", "C", "N", "O"]'],
+        json_schema_extra=default("all"),
+        description="Read only molecules of these elements",
+    )
     limit: int | None = Field(
         default=None,
         ge=1,
         json_schema_extra=default("all"),
         description="Read only the first so many entries, bad ones included",
     )
+
+
+    @field_validator("elements")
+    @classmethod
+    def _known_elements(cls, elements: tuple[str, ...]) -> tuple[str, ...]:
+        if not elements:
+            return elements
+        from ase.data import chemical_symbols
+
+        for symbol in elements:
+            if symbol not in chemical_symbols[1:]:
+                raise ValueError(f'"{symbol}" is not the symbol of an element, such as "C" or "Cl"')
+        return elements
 
 
 class _StageBase(Table):
@@ -1123,7 +1143,7 @@ def _check_beginnings(source: Mapping[str, Any], stages: object, problems: _Prob
                 "100, and a generate stage)",
             )
     else:
-        for other in ("files", "split", "limit"):
+        for other in ("files", "split", "elements", "limit"):
             if other in source:
                 problems.add_value(
                     ("molecules", "samples"),

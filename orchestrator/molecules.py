@@ -176,10 +176,10 @@ def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -
     unread = _Skip(skip)
     read = (_read_file(path, source, unread) for path in files)
     entries: Iterator[Entry] = itertools.chain.from_iterable(read)
-    if source.split is not None:
+    if source.split is not None or source.elements:
         # Which records belong to a part is known only from their names: none is passed over.
         unread.left = 0
-        entries = (entry for entry in entries if _in_part(entry, source.split))
+        entries = (entry for entry in entries if _wanted(entry, source))
     return itertools.islice(entries, skip, source.limit)
 
 
@@ -209,8 +209,15 @@ def split_of(name: str) -> str:
     return {0: "validation", 1: "test"}.get(number % 10, "training")
 
 
-def _in_part(entry: Entry, part: str) -> bool:
-    return entry.error is not None or split_of(entry.name) == part
+def _wanted(entry: Entry, source: MoleculeSource) -> bool:
+    """Whether a record is in the part and of the elements asked for; bad ones always are."""
+    if entry.molecule is None:
+        return True
+    if source.split is not None and split_of(entry.name) != source.split:
+        return False
+    known = _elements()
+    allowed = {known[symbol] for symbol in source.elements}
+    return not allowed or allowed.issuperset(entry.molecule.numbers.tolist())
 
 
 def _check_file(path: Path, source: MoleculeSource) -> None:

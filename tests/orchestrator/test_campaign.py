@@ -57,8 +57,10 @@ def relax_of(folder: Path, fields: str) -> RelaxStage:
 
 def test_quickstart_is_the_published_protocol() -> None:
     campaign = load_campaign(ROOT / "jobs" / "quickstart.toml")
-    embed, mmff, gfn2 = campaign.stages
+    embed, mmff, gfn2, diffused, relaxed = campaign.stages
     assert (embed.from_, mmff.from_, gfn2.from_) == (None, "embed", "mmff")
+    assert (diffused.from_, relaxed.from_) == ("mmff", "diffused")
+    assert relaxed.settings() == gfn2.settings()
     assert gfn2.settings() == {
         "level": "GFN2-xTB",
         "program": "tblite",
@@ -452,3 +454,10 @@ def test_loading_starts_no_heavy_library(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_elements_are_named_by_their_symbols(tmp_path: Path) -> None:
+    problem = 'elements = ["H", "c"]'
+    text = f'name = "x"\n[molecules]\nfiles = ["a.smi"]\n{problem}\n[[stages]]\nkernel = "embed"\n'
+    with pytest.raises(CampaignError, match='elements = .*"c" is not the symbol of an element'):
+        load(tmp_path, text)

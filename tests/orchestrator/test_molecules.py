@@ -649,3 +649,15 @@ def test_md17_frames_are_ethanol() -> None:
     path = shared("md17/md17_ethanol_2000.xyz.gz")
     entries = list(read_entries([path], source(limit=100)))
     assert smiles_of(entries) == ["CCO"] * 100
+
+
+def test_only_molecules_of_some_elements(tmp_path: Path) -> None:
+    """Bad lines are kept: nothing that cannot be read is passed over in silence."""
+    path = tmp_path / "a.smi"
+    path.write_text("CCO ethanol\nCCCl chloride\nC(( bad\nO water\nCSC sulfide\n")
+    source = MoleculeSource(files=(str(path),), elements=("H", "C", "O"))
+    found = list(read_entries([path], source))
+    assert [entry.name for entry in found] == ["ethanol", "bad", "water"]
+    assert found[1].error is not None
+    again = list(read_entries([path], source, skip=1))
+    assert [entry.name for entry in again] == ["bad", "water"]
