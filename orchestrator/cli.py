@@ -338,7 +338,9 @@ def query(
     sql: Annotated[
         str,
         typer.Argument(
-            metavar="SQL", help="SQL over molecules, geometries, relaxations, frames, tasks."
+            metavar="SQL",
+            help="SQL over molecules, geometries, relaxations, frames, paths, single_points, "
+            "generations, tasks.",
         ),
     ],
     place: Place,

@@ -107,10 +107,14 @@ def test_nan_from_the_network_is_a_failure_and_no_geometry(guard: Guard, tmp_pat
     assert "rows" not in outcome
 
 
-def test_too_little_memory_ends_as_resource(guard: Guard, model: Path) -> None:
-    outcomes = run(guard, diffusion(model), [payload("CCO"), payload("COC")], memory_limit=1000)
-    # A path this short may be done before the guard first looks; none is lost either way.
-    assert {o["status"] for o in outcomes} <= {"ok", "resource"}
+def test_too_little_memory_ends_as_resource(guard: Guard, tmp_path: Path) -> None:
+    # Long enough for the guard to look several times while it runs.
+    wide = write_model(tmp_path / "wide.safetensors", hidden=256, layers=4)
+    octanes = [payload("CCCCCCCC", seed) for seed in range(2)]
+    outcomes = run(guard, diffusion(wide, n=100), octanes, memory_limit=100_000_000)
+    assert [o["status"] for o in outcomes] == ["resource"] * 2
+    assert [o["attempts"] for o in outcomes] == [2, 2]
+    assert "memory_limit" in outcomes[0]["message"]
 
 
 def test_a_model_that_changed_since_the_plan_is_refused(guard: Guard, model: Path) -> None:
@@ -267,6 +271,26 @@ def test_paths_come_out_as_extended_xyz(study: Path, tmp_path: Path) -> None:
     assert isinstance(frames, list)
     assert [atoms.info["n"] for atoms in frames] == [2, 1, 0] * 3
     assert {atoms.info["model"] for atoms in frames} == {"little"}
+
+
+def test_paths_and_energies_come_out_whole_in_other_formats(study: Path, tmp_path: Path) -> None:
+    import duckdb
+
+    from orchestrator import hdf5
+    from orchestrator.export import export
+
+    store = store_of(study)
+    parquet = export(store, "parquet", tmp_path / "tables")
+    whole = export(store, "hdf5", tmp_path / "all.h5")
+    for table in ("paths", "single_points"):
+        rows = store.read(table)
+        assert len(rows) == 6
+        ((count,),) = duckdb.sql(f"SELECT count(*) FROM '{parquet}/{table}.parquet'").fetchall()
+        with hdf5.TableFile(whole, "all") as file:
+            again = file.read(table)
+        assert len(again) == count == 6
+        frames = "positions" if table == "paths" else "forces"
+        assert len(again[frames].values) == len(rows[frames].values) > 0
 
 
 def test_the_model_and_its_settings_are_told(study: Path) -> None:
