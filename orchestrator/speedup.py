@@ -181,7 +181,7 @@ class Comparison:
 
     def published_reduction(self, arm: Arm) -> float | None:
         """Return the published saving of an arm like this one; the study had plain BFGS only."""
-        if not arm.diffused or arm.optimizer != self.optimizer:
+        if not arm.diffused or {arm.optimizer, self.optimizer} != {"BFGS"}:
             return None
         return self.published.reduction(arm.n)
 
