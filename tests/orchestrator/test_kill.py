@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from orchestrator.store import Store
+from orchestrator.tables import Lookup
 from tests.orchestrator.run_fixtures import (
     SMALL,
     Run,
@@ -28,6 +29,7 @@ from tests.orchestrator.run_fixtures import (
     until,
     write_campaign,
 )
+from tests.orchestrator.tiny_models import write_model
 
 KINDS = ("driver", "worker", "pool", "child")
 # 51 atoms and more than fifty steps: seconds of work in one item.
@@ -277,3 +279,55 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 def word(campaign: Path) -> str:
     """Return what the driver tells its workers."""
     return (campaign.parent / "store" / "control" / "driver.json").read_text()
+
+
+DIFFUSION = """
+[[stages]]
+kernel = "embed"
+[[stages]]
+kernel = "diffuse"
+model = "wide.safetensors"
+n = 80
+protocol = "published"
+"""
+# Batches differ after a kill, and float32 with them, over eighty steps.
+SAME_PATH_A = 1e-4
+
+
+def diffusion_campaign(folder: Path) -> Path:
+    campaign = write_campaign(
+        folder, SMALL[:16], stages=DIFFUSION, run='bundle_time = "2 s"\nseal_every = "0.5 s"'
+    )
+    write_model(folder / "wide.safetensors", hidden=128, layers=4, steps=1000)
+    return campaign
+
+
+def test_killed_diffusions_end_where_undisturbed_ones_do(tmp_path: Path) -> None:
+    calm = diffusion_campaign(tmp_path / "calm")
+    complete(calm)
+    campaign = diffusion_campaign(tmp_path / "killed")
+    rng = random.Random(5)
+    runs = [Run(campaign)]
+    try:
+        for kind in ("child", "driver", "child", "worker"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                runs[-1].process.wait(rng.uniform(0.5, 1.5))
+            victim = target(runs[-1], kind, rng)
+            if victim is None or not kill(victim):
+                continue
+            if kind == "driver":
+                assert runs[-1].wait() == -signal.SIGKILL
+                runs.append(Run(campaign))
+        assert runs[-1].wait() == 0, runs[-1].output()
+    finally:
+        for run in runs:
+            run.close()
+    assert [c.ok for c in standing_of(campaign).counts] == [16] * 2
+    assert_no_key_twice_in_segments(store_of(campaign))
+    columns = ["key", "positions", "level"]
+    one, other = (Lookup(store_of(path).read("paths", columns)) for path in (calm, campaign))
+    at = other.find(one.rows["key"])
+    assert (at >= 0).all()
+    for row, same in enumerate(at.tolist()):
+        moved = np.abs(one.rows["positions"][row] - other.rows["positions"][same])
+        assert moved.max() < SAME_PATH_A
