@@ -136,7 +136,6 @@ class MoleculeSource(Table):
         description="Read only the first so many entries, bad ones included",
     )
 
-
     @field_validator("elements")
     @classmethod
     def _known_elements(cls, elements: tuple[str, ...]) -> tuple[str, ...]:
