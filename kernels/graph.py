@@ -212,6 +212,15 @@ def bond_orders(smiles: str) -> NDArray[np.int64]:
     return orders
 
 
+def skeleton(smiles: str) -> str:
+    """Name what a molecule shares with its stereoisomers and tautomers: InChIKey's first block."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        key: str = Chem.MolToInchiKey(_mol_from_smiles(smiles))  # type: ignore[no-untyped-call]
+    return key.split("-")[0]
+
+
 def _mol_from_smiles(smiles: str) -> Chem.Mol:
     from rdkit import Chem, rdBase
 

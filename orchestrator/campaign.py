@@ -129,6 +129,9 @@ class MoleculeSource(Table):
         json_schema_extra=default("all"),
         description="Read only molecules of these elements",
     )
+    every: int = Field(
+        default=1, ge=1, description="Read only the first of so many entries, and of the next ..."
+    )
     limit: int | None = Field(
         default=None,
         ge=1,
@@ -1142,7 +1145,7 @@ def _check_beginnings(source: Mapping[str, Any], stages: object, problems: _Prob
                 "100, and a generate stage)",
             )
     else:
-        for other in ("files", "split", "elements", "limit"):
+        for other in ("files", "split", "elements", "every", "limit"):
             if other in source:
                 problems.add_value(
                     ("molecules", "samples"),

@@ -176,10 +176,11 @@ def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -
     unread = _Skip(skip)
     read = (_read_file(path, source, unread) for path in files)
     entries: Iterator[Entry] = itertools.chain.from_iterable(read)
-    if source.split is not None or source.elements:
+    if source.split is not None or source.elements or source.every > 1:
         # Which records belong to a part is known only from their names: none is passed over.
         unread.left = 0
         entries = (entry for entry in entries if _wanted(entry, source))
+        entries = itertools.islice(entries, 0, None, source.every)
     return itertools.islice(entries, skip, source.limit)
 
 

@@ -90,10 +90,8 @@ def read_data(
     """
     # Names alone: a checkpoint travels, and folders are nobody else's business.
     summary = DataSummary(sources=[Path(source).name for source in data.source])
-    parts: dict[str, list[Geometry]] = {"training": [], "validation": []}
     kinds = [_kind(source, base) for source in data.source]
-    taken = 0
-    digest = hashlib.sha256()
+    gathered: list[tuple[str, Geometry]] = []
     for source, (kind, paths) in zip(data.source, kinds, strict=True):
         found = (
             _from_store(data, paths[0], summary)
@@ -101,31 +99,35 @@ def read_data(
             else (geometry for path in paths for geometry in _from_file(data, path, summary))
         )
         for geometry in found:
-            if data.limit is not None and taken >= data.limit:
+            if data.limit is not None and len(gathered) >= data.limit:
                 break
             if elements is not None and not set(geometry.numbers.tolist()) <= set(elements):
                 summary.left_out["an element that the model has not"] += 1
                 continue
-            part = split_of(geometry.name or geometry.smiles)
-            if part in parts and "force_field" in data.extra:
-                around = _around(geometry)
-                if around is None:
-                    summary.left_out["no force field has its parameters"] += 1
-                    continue
-                geometry = geometry._replace(force_field=around)
-            taken += 1
-            summary.parts[part] += 1
-            if part in parts:
-                parts[part].append(geometry)
-                _update(digest, geometry)
-        if not taken:
+            gathered.append((split_of(geometry.name or geometry.smiles), geometry))
+        if not gathered:
             raise CampaignError(f"[data] source: {source}: holds no geometry to learn from")
+    if len(data.source) > 1:
+        gathered = _without_leaks(gathered, summary)
+    parts: dict[str, list[Geometry]] = {"training": [], "validation": []}
+    digest = hashlib.sha256()
+    for part, geometry in gathered:
+        if part in parts and "force_field" in data.extra:
+            around = _around(geometry)
+            if around is None:
+                summary.left_out["no force field has its parameters"] += 1
+                continue
+            geometry = geometry._replace(force_field=around)
+        summary.parts[part] += 1
+        if part in parts:
+            parts[part].append(geometry)
+            _update(digest, geometry)
     for part, members in parts.items():
         if not members:
             raise CampaignError(
-                f"[data] source: no geometry belongs to the {part} part, of {taken} read; the part "
-                "follows from the last number in a molecule's name: n % 10 = 0 is validation, 1 "
-                "is test, the rest training"
+                f"[data] source: no geometry belongs to the {part} part, of {len(gathered)} read; "
+                "the part follows from the last number in a molecule's name: n % 10 = 0 is "
+                "validation, 1 is test, the rest training"
             )
     everything = parts["training"] + parts["validation"]
     summary.elements = sorted({int(z) for g in everything for z in g.numbers})
@@ -133,6 +135,29 @@ def read_data(
     summary.atoms = (min(sizes), max(sizes))
     summary.digest = digest.hexdigest()
     return _set(data, parts["training"]), _set(data, parts["validation"]), summary
+
+
+def _without_leaks(
+    gathered: list[tuple[str, Geometry]], summary: DataSummary
+) -> list[tuple[str, Geometry]]:
+    """Drop what would be learnt although another source keeps the molecule for a judgement.
+
+    Names divide one source only; stereoisomers and tautomers count as one molecule here.
+    """
+    from kernels.graph import skeleton
+
+    judged: dict[str, str] = {}
+    names = [skeleton(g.smiles) if g.smiles else "" for _, g in gathered]
+    for name, (part, _) in zip(names, gathered, strict=True):
+        if name and part != "training":
+            judged.setdefault(name, part)
+    kept = []
+    for name, (part, geometry) in zip(names, gathered, strict=True):
+        if judged.get(name, part) == part:
+            kept.append((part, geometry))
+        else:
+            summary.left_out["another geometry of it is kept for validation or test"] += 1
+    return kept
 
 
 # A minimum farther away than this (root mean square, Å) is another conformer's.

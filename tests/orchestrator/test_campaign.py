@@ -459,5 +459,5 @@ def test_loading_starts_no_heavy_library(tmp_path: Path) -> None:
 def test_elements_are_named_by_their_symbols(tmp_path: Path) -> None:
     problem = 'elements = ["H", "c"]'
     text = f'name = "x"\n[molecules]\nfiles = ["a.smi"]\n{problem}\n[[stages]]\nkernel = "embed"\n'
-    with pytest.raises(CampaignError, match='elements = .*"c" is not the symbol of an element'):
+    with pytest.raises(CampaignError, match=r'elements = .*"c" is not the symbol of an element'):
         load(tmp_path, text)

@@ -661,3 +661,13 @@ def test_only_molecules_of_some_elements(tmp_path: Path) -> None:
     assert found[1].error is not None
     again = list(read_entries([path], source, skip=1))
     assert [entry.name for entry in again] == ["bad", "water"]
+
+
+def test_every_so_many_entries(tmp_path: Path) -> None:
+    path = tmp_path / "a.smi"
+    path.write_text("".join(f"{'C' * n} n{n}\n" for n in range(1, 11)))
+    thin = MoleculeSource(files=(str(path),), every=3)
+    assert [entry.name for entry in read_entries([path], thin)] == ["n1", "n4", "n7", "n10"]
+    assert [entry.name for entry in read_entries([path], thin, skip=2)] == ["n7", "n10"]
+    few = MoleculeSource(files=(str(path),), every=3, limit=2)
+    assert [entry.name for entry in read_entries([path], few)] == ["n1", "n4"]

@@ -463,3 +463,31 @@ def test_the_command_starts_without_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_molecule_kept_for_judgement_is_not_learnt_from_another_source(tmp_path: Path) -> None:
+    """Names divide one file; the same molecule under another name elsewhere is left out."""
+
+    def frames(path: Path, members: list[tuple[str, str]]) -> None:
+        from ase import Atoms
+        from ase.io import write
+
+        from kernels.embedding import embed
+
+        made = [(embed(smiles, seed=1, max_attempts=50), name) for smiles, name in members]
+        atoms = [Atoms(numbers=m.numbers, positions=m.positions) for m, _ in made]
+        for one, (_, name) in zip(atoms, made, strict=True):
+            one.info["name"] = name
+        write(path, atoms, format="extxyz")
+
+    frames(tmp_path / "a.xyz", [("CCO", "a10"), ("CCC", "a12"), ("CCN", "a11")])
+    frames(tmp_path / "b.xyz", [("CCO", "b2"), ("CCN", "b3"), ("COC", "b4"), ("CCC", "b5")])
+    (tmp_path / "t.toml").write_text(
+        'name = "t"\n[data]\nsource = ["a.xyz", "b.xyz"]\nextra = ["bonds"]\n'
+        "[training]\nepochs = 1\n"
+    )
+    file = load_training(tmp_path / "t.toml")
+    training, validation, summary = read_data(file.data, tmp_path)
+    assert sorted(training.names) == ["a12", "b4", "b5"]
+    assert validation.names == ["a10"]
+    assert summary.left_out["another geometry of it is kept for validation or test"] == 2
