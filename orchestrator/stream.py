@@ -204,8 +204,9 @@ class Stream:
             target_s = min(target_s, FIRST_S)
         # Towards the end bundles shrink, so that all workers finish at about the same time.
         target_s = min(target_s, max(self.ready_s[stage] / (2 * workers), 0.2))
-        if self.exhausted:
-            # Nothing more will come: the largest first, so that no worker ends on a long one.
+        if self.exhausted or self.plan.stages[stage].model:
+            # Nothing more will come: the largest first, so that no worker ends on a long one. And
+            # models compute molecules of equal size together.
             ordered = sorted(self.ready[stage], key=lambda item: -item.n_atoms)
             self.ready[stage] = deque(ordered)
         queue = self.ready[stage]
