@@ -119,7 +119,10 @@ class Surface:
         return gradient * KCAL_TO_EV
 
     def hessian(self, positions: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Second derivatives of the energy (3N, 3N) in eV/Å², by central differences."""
+        """Second derivatives of the energy (3N, 3N) in eV/Å², by central differences.
+
+        Raises NotFiniteError where atoms coincide.
+        """
         size = positions.size
         rows = np.empty((size, size))
         for i in range(size):
@@ -128,6 +131,8 @@ class Surface:
             forward = self.gradient(moved)
             moved.flat[i] -= 2 * self._DISPLACEMENT
             rows[i] = (forward - self.gradient(moved)).ravel() / (2 * self._DISPLACEMENT)
+        if not np.isfinite(rows).all():
+            raise NotFiniteError(f"{self.name} has no finite curvature there; atoms coincide")
         return 0.5 * (rows + rows.T)
 
 

@@ -244,7 +244,10 @@ def init(
 
 
 def _force_field_hessian(smiles: str, positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Hessian (3N, 3N) in eV/Å² of MMFF94 or UFF at positions (N, 3), made safe to step with."""
+    """Hessian (3N, 3N) in eV/Å² of MMFF94 or UFF at positions (N, 3), made safe to step with.
+
+    Raises InputError where there are no bonds or no parameters, NotFiniteError.
+    """
     from kernels.forcefield import Surface
 
     if not smiles:

@@ -33,7 +33,8 @@ _LONGEST: Final = 0.1
 class Guide:
     """The force field of one molecule around its starting geometry `positions` (N, 3) in Å.
 
-    Raises InputError where the molecule's bonds are not known or no force field covers it.
+    Raises InputError where the molecule's bonds are not known or no force field covers it,
+    NotFiniteError where atoms coincide.
     """
 
     def __init__(self, smiles: str, positions: NDArray[np.float64]) -> None:

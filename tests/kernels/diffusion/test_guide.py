@@ -163,8 +163,9 @@ def test_failures_are_each_molecules_own() -> None:
     good = _start("NCCO")
     bare = Start(good.numbers, good.positions, 0)
     iodide = _start("NCCI")
+    heap = Start(good.numbers, np.zeros_like(good.positions), 0, good.smiles)
     results = diffuse(
-        _model(network=_Known(answer)), [good, bare, good, iodide], DiffuseSettings(n=5)
+        _model(network=_Known(answer)), [good, bare, good, iodide, heap], DiffuseSettings(n=5)
     )
     assert isinstance(results[0], DiffusionPath)
     assert isinstance(results[1], InputError)
@@ -173,6 +174,8 @@ def test_failures_are_each_molecules_own() -> None:
     assert "n = 2" in str(results[2])
     assert isinstance(results[3], InputError)
     assert "element I is unknown" in str(results[3])
+    assert isinstance(results[4], NotFiniteError)
+    assert "atoms coincide" in str(results[4])
 
 
 def test_the_published_protocol_is_refused() -> None:
