@@ -18,8 +18,9 @@ from kernels.errors import InputError, KernelError
 from orchestrator.schema import STATUSES
 
 if TYPE_CHECKING:
+    from ase.calculators.calculator import Calculator
+
     from kernels.diffusion.checkpoint import Model
-    from kernels.diffusion.process import Start
 
 # Pairs of atoms that share a batch: on a CPU few, so that a batch ends soon; a small network takes
 # a third less time for 25 molecules together than for three. A generation has a thousand steps.
@@ -176,12 +177,31 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
     return RelaxState.from_arrays(arrays), tried
 
 
+def _calculator_maker(wanted: dict[str, Any], payload: Payload) -> Callable[..., Calculator]:
+    """Return what makes an item's calculator, with the changed settings of a rung."""
+    from kernels.calculators import make_calculator
+
+    electronic = {k: wanted[k] for k in ("electronic_temperature",) if k in wanted}
+
+    def make(**changes: Any) -> Calculator:
+        return make_calculator(
+            wanted["level"],
+            program=wanted["program"],
+            charge=payload.charge,
+            multiplicity=payload.multiplicity,
+            smiles=payload.smiles,
+            **{**electronic, **changes},
+        )
+
+    return make
+
+
 # What the tables call an optimizer that started from another Hessian than ASE's.
 _HESSIANS = {"unit": "", "force-field": ", force field's Hessian"}
 
 
 def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
-    from kernels.calculators import ladder, make_calculator, program_version
+    from kernels.calculators import ladder, program_version
     from kernels.connectivity import changes
     from kernels.relaxation import RelaxSettings, RelaxState, relax_with_ladder
 
@@ -197,23 +217,12 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         save_forces=wanted["save_forces"],
         initial_hessian=wanted.get("initial_hessian", "unit"),
     )
-    electronic = {k: wanted[k] for k in ("electronic_temperature",) if k in wanted}
     path = Path(payload.checkpoint)
     state, tried = _load(path)
     start = payload.positions
     saved = time.monotonic()
     kept = state is not None
     finished = True
-
-    def make(**changes: Any) -> Any:
-        return make_calculator(
-            level,
-            program=program,
-            charge=payload.charge,
-            multiplicity=payload.multiplicity,
-            smiles=payload.smiles,
-            **{**electronic, **changes},
-        )
 
     def on_step(now: RelaxState, rungs: tuple[str, ...]) -> bool:
         nonlocal saved, kept, finished
@@ -228,7 +237,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
     done, tried = relax_with_ladder(
         payload.numbers,
         start,
-        make,
+        _calculator_maker(wanted, payload),
         settings,
         ladder(level, program),
         state=state,
@@ -293,13 +302,10 @@ def _model(model: str, digest: str, gpu: bool) -> Model:
     return found
 
 
-def _start(payload: Payload, model: Model) -> Start | KernelError:
-    """Return where a diffusion starts, with the bonds if the model looks at them."""
-    from kernels.diffusion.process import Start
-
-    assert payload.numbers is not None
-    assert payload.positions is not None
-    return Start(payload.numbers, payload.positions, payload.seed, payload.smiles)
+def _batch_limit(stage: Call, model: Model) -> int | None:
+    """Return the bytes that a batch may take; None where they are a GPU's, or not limited."""
+    # Half of it: the library and the weights need some, and so does the path.
+    return stage.memory_limit // 2 if stage.memory_limit and model.device.type == "cpu" else None
 
 
 def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
@@ -309,17 +315,19 @@ def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
     settings = stage.settings
     n, protocol = settings["n"], settings["protocol"]
     model = _model(stage.model, settings["model"], stage.gpu)
-    starts = [_start(payload, model) for payload in payloads]
-    # Half of it: the library and the weights need some, and so does the path.
-    limit = stage.memory_limit // 2 if stage.memory_limit and model.device.type == "cpu" else None
-    fit = [start for start in starts if isinstance(start, Start)]
-    results = iter(diffuse(model, fit, DiffuseSettings(n=n, protocol=protocol), memory_limit=limit))
+    starts = []
+    for payload in payloads:
+        assert payload.numbers is not None
+        assert payload.positions is not None
+        starts.append(Start(payload.numbers, payload.positions, payload.seed, payload.smiles))
+    results = diffuse(
+        model,
+        starts,
+        DiffuseSettings(n=n, protocol=protocol),
+        memory_limit=_batch_limit(stage, model),
+    )
     outcomes = []
-    for start in starts:
-        if isinstance(start, KernelError):
-            outcomes.append(_failed(start))
-            continue
-        made = next(results)
+    for start, made in zip(starts, results, strict=True):
         if isinstance(made, KernelError):
             outcomes.append(_failed(made))
             continue
@@ -355,7 +363,7 @@ def _generate(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
 
     model = _model(stage.model, stage.settings["model"], stage.gpu)
     settings = GenerateSettings(save_every=stage.settings["save_every"])
-    limit = stage.memory_limit // 2 if stage.memory_limit and model.device.type == "cpu" else None
+    limit = _batch_limit(stage, model)
     outcomes = []
     for made in generate(model, [p.seed for p in payloads], settings, memory_limit=limit):
         if isinstance(made, KernelError):
@@ -402,14 +410,13 @@ def _generate(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
 
 
 def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
-    from kernels.calculators import ladder, make_calculator, program_version
+    from kernels.calculators import ladder, program_version
     from kernels.single_points import SinglePoints, single_points
 
     assert payload.numbers is not None
     assert payload.positions is not None
     wanted = stage.settings
     level, program = wanted["level"], wanted["program"]
-    electronic = {k: wanted[k] for k in ("electronic_temperature",) if k in wanted}
     path = payload.positions[None] if payload.frames is None else payload.frames.astype(float)
     frames = path[payload.first :]
     line = frames[:0]
@@ -427,16 +434,6 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
     except FileNotFoundError:
         pass
 
-    def make(**changes: Any) -> Any:
-        return make_calculator(
-            level,
-            program=program,
-            charge=payload.charge,
-            multiplicity=payload.multiplicity,
-            smiles=payload.smiles,
-            **{**electronic, **changes},
-        )
-
     def on_frame(now: SinglePoints) -> bool:
         nonlocal saved, kept, finished
         finished = now.done == len(now.energies)
@@ -450,7 +447,7 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
     points = single_points(
         payload.numbers,
         np.concatenate([frames, line]),
-        make,
+        _calculator_maker(wanted, payload),
         ladder(level, program),
         state=state,
         on_frame=on_frame,
