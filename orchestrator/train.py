@@ -27,7 +27,7 @@ from orchestrator.child import die_with_parent
 from orchestrator.errors import CampaignError, RunError
 from orchestrator.lock import DriverLock
 from orchestrator.shard import write_whole
-from orchestrator.train_file import DataTable, TrainFile
+from orchestrator.train_file import TrainFile
 
 if TYPE_CHECKING:
     from kernels.diffusion.training import TrainingSet, TrainState
@@ -148,14 +148,6 @@ def _process(
         raise RunError(f"{file.path}: {exc}") from None
 
 
-def needed(file: TrainFile) -> DataTable:
-    """The file's [data], with whatever its objective needs of each molecule."""
-    from kernels.diffusion.training import NEEDS
-
-    extra = [*file.data.extra, *NEEDS.get(file.settings().objective, ())]
-    return file.data.model_copy(update={"extra": tuple(dict.fromkeys(extra))})
-
-
 # One process of a training
 
 
@@ -176,7 +168,12 @@ class _Run:
             torch.set_num_threads(file.run.threads or share)
         self.device = _device(file, rank)
         try:
-            data, judged, self.summary = read_data(needed(file), file.path.parent, file.elements)
+            data, judged, self.summary = read_data(
+                file.data,
+                file.path.parent,
+                file.elements,
+                training.NEEDS[self.settings.objective],
+            )
         except CampaignError as exc:
             raise CampaignError(f"{file.path}: {exc}") from None
         sizes = {n: len(group["numbers"]) for n, group in data.groups.items()}

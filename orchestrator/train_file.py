@@ -81,13 +81,6 @@ class DataTable(Table):
     connectivity_changed: bool = Field(
         default=False, description="Also learn relaxations that changed the bonds"
     )
-    extra: tuple[Literal["partner", "bonds", "force_field"], ...] = Field(
-        default=(),
-        strict=False,
-        description="What else an objective needs of each molecule: partner, the geometry that "
-        "its relaxation started from; bonds, the matrix of bond orders; force_field, MMFF94's "
-        "gradient and compliance there, and its own minimum near by",
-    )
     charge: int = Field(
         default=0, ge=-20, le=20, description="Total charge of .xyz frames that state none"
     )

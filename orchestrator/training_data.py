@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -45,7 +45,6 @@ class Geometry(NamedTuple):
     """One geometry to learn from.
 
     ``numbers`` (N,); ``positions`` (N, 3) in Å; ``smiles`` is "" where it is not known;
-    ``partner`` (N, 3) in Å is the geometry that its relaxation started from, if there was one;
     ``force_field`` is what the force field says there, if that was asked for.
     """
 
@@ -53,7 +52,6 @@ class Geometry(NamedTuple):
     numbers: NDArray[Any]
     positions: NDArray[Any]
     smiles: str = ""
-    partner: NDArray[Any] | None = None
     force_field: Around | None = None
 
 
@@ -81,22 +79,29 @@ class DataSummary:
 
 
 def read_data(
-    data: DataTable, base: Path, elements: tuple[int, ...] | None = None
+    data: DataTable,
+    base: Path,
+    elements: tuple[int, ...] | None = None,
+    needs: Sequence[str] = (),
 ) -> tuple[TrainingSet, TrainingSet, DataSummary]:
     """The training and the validation part of a file's [data], and what they are.
 
     Paths are relative to ``base``. Geometries with elements other than ``elements`` (None: any)
-    are left out. Raises CampaignError where a source cannot be used or a part is empty.
+    are left out. ``needs`` says what the objective looks at beside numbers and positions:
+    "bonds", the matrix of bond orders, and "force_field", what `Around` holds.
+
+    Raises CampaignError where a source cannot be used or a part is empty.
     """
     # Names alone: a checkpoint travels, and folders are nobody else's business.
     summary = DataSummary(sources=[Path(source).name for source in data.source])
     kinds = [_kind(source, base) for source in data.source]
     gathered: list[tuple[str, Geometry]] = []
+    bonds = bool({"bonds", "force_field"} & set(needs))
     for source, (kind, paths) in zip(data.source, kinds, strict=True):
         found = (
-            _from_store(data, paths[0], summary)
+            _from_store(data, paths[0], summary, bonds)
             if kind == "store"
-            else (geometry for path in paths for geometry in _from_file(data, path, summary))
+            else (geometry for path in paths for geometry in _from_file(data, path, summary, bonds))
         )
         for geometry in found:
             if data.limit is not None and len(gathered) >= data.limit:
@@ -106,16 +111,20 @@ def read_data(
                 continue
             gathered.append((split_of(geometry.name or geometry.smiles), geometry))
         if not gathered:
-            raise CampaignError(f"[data] source: {source}: holds no geometry to learn from")
+            why = "; ".join(f"{n:,} left out: {what}" for what, n in summary.left_out.items() if n)
+            raise CampaignError(
+                f"[data] source: {source}: holds no geometry to learn from"
+                f"{f' ({why})' if why else ''}"
+            )
     if len(data.source) > 1:
         gathered = _without_leaks(gathered, summary)
     parts: dict[str, list[Geometry]] = {"training": [], "validation": []}
     digest = hashlib.sha256()
     for part, geometry in gathered:
-        if part in parts and "force_field" in data.extra:
+        if part in parts and "force_field" in needs:
             around = _around(geometry)
-            if around is None:
-                summary.left_out["no force field has its parameters"] += 1
+            if isinstance(around, str):
+                summary.left_out[around] += 1
                 continue
             geometry = geometry._replace(force_field=around)
         summary.parts[part] += 1
@@ -134,7 +143,7 @@ def read_data(
     sizes = [len(g.numbers) for g in everything]
     summary.atoms = (min(sizes), max(sizes))
     summary.digest = digest.hexdigest()
-    return _set(data, parts["training"]), _set(data, parts["validation"]), summary
+    return _set(parts["training"], needs), _set(parts["validation"], needs), summary
 
 
 def _without_leaks(
@@ -164,9 +173,10 @@ def _without_leaks(
 _SAME_CONFORMER: Final = 0.4
 
 
-def _around(geometry: Geometry) -> Around | None:
+def _around(geometry: Geometry) -> Around | str:
+    """What the force field says around a geometry, or why there is no such thing."""
     from kernels.diffusion.guide import SOFTEST
-    from kernels.errors import KernelError
+    from kernels.errors import InputError, KernelError
     from kernels.forcefield import Surface, compliance, minimise
     from orchestrator.alignment import superpose
 
@@ -176,8 +186,10 @@ def _around(geometry: Geometry) -> Around | None:
         surface = Surface(geometry.smiles, x)
         inverse = compliance(surface.hessian(x), x, SOFTEST)
         displaced = minimise(geometry.smiles, x, max_steps=2000).positions
+    except InputError:
+        return "no force field has its parameters"
     except KernelError:
-        return None
+        return "the force field finds no minimum near by"
     displaced = superpose(displaced, x)
     if np.sqrt(((displaced - x) ** 2).sum(axis=1).mean()) > _SAME_CONFORMER:
         displaced = x
@@ -195,16 +207,14 @@ def _update(digest: Any, geometry: Geometry) -> None:
     digest.update(np.ascontiguousarray(geometry.positions, np.float32).tobytes())
 
 
-def _set(data: DataTable, members: list[Geometry]) -> TrainingSet:
+def _set(members: list[Geometry], needs: Sequence[str]) -> TrainingSet:
     from kernels.diffusion.training import TrainingSet
     from kernels.graph import bond_orders
 
     extra: dict[str, list[NDArray[Any]]] = {}
-    if "partner" in data.extra:
-        extra["partner"] = [g.partner for g in members if g.partner is not None]
-    if "bonds" in data.extra:
+    if "bonds" in needs:
         extra["bonds"] = [bond_orders(g.smiles) for g in members]
-    if "force_field" in data.extra:
+    if "force_field" in needs:
         found = [g.force_field for g in members if g.force_field is not None]
         for name in ("gradient", "compliance", "displaced"):
             extra[name] = [getattr(one, name) for one in found]
@@ -214,10 +224,6 @@ def _set(data: DataTable, members: list[Geometry]) -> TrainingSet:
         [g.positions for g in members],
         extra,
     )
-
-
-def _needs_bonds(data: DataTable) -> bool:
-    return bool({"bonds", "force_field"} & set(data.extra))
 
 
 def _kind(source: str, base: Path) -> tuple[str, list[Path]]:
@@ -244,11 +250,13 @@ def _kind(source: str, base: Path) -> tuple[str, list[Path]]:
     return "files", paths
 
 
-def _from_file(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Geometry]:
+def _from_file(
+    data: DataTable, path: Path, summary: DataSummary, bonds: bool
+) -> Iterator[Geometry]:
     from orchestrator.campaign import MoleculeSource
 
     source = MoleculeSource(files=(str(path),), charge=data.charge)
-    if file_format(path.name) == ".npz" and "bonds" not in data.extra:
+    if file_format(path.name) == ".npz" and not bonds:
         # Without the perception of bonds, which takes far longer than all the rest.
         for name, numbers, positions in read_archive(path):
             yield Geometry(name, numbers, positions)
@@ -256,7 +264,7 @@ def _from_file(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Ge
     for entry in read_entries([path], source):
         if entry.molecule is None or entry.positions is None:
             summary.left_out["a record that cannot be read"] += 1
-        elif _needs_bonds(data) and not entry.molecule.smiles:
+        elif bonds and not entry.molecule.smiles:
             summary.left_out["bonds that cannot be perceived"] += 1
         else:
             yield Geometry(
@@ -267,13 +275,15 @@ def _from_file(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Ge
             )
 
 
-def _from_store(data: DataTable, path: Path, summary: DataSummary) -> Iterator[Geometry]:
+def _from_store(
+    data: DataTable, path: Path, summary: DataSummary, bonds: bool
+) -> Iterator[Geometry]:
     from orchestrator.store import Store
     from orchestrator.tables import Lookup
 
     store = Store(path)
-    names = ["key", "mol_key", "parent_key", "stage", "level", "connectivity_changed"]
-    rows = store.read("relaxations", [*names, "numbers", "positions"])
+    names = ["key", "mol_key", "stage", "level", "connectivity_changed", "numbers", "positions"]
+    rows = store.read("relaxations", names)
     stages = rows["stage"].strings()
     wanted = np.ones(len(rows), bool)
     if not len(rows):
@@ -302,20 +312,11 @@ def _from_store(data: DataTable, path: Path, summary: DataSummary) -> Iterator[G
     molecules = Lookup(store.read("molecules", ["key", "name", "smiles"]))
     at = molecules.find(rows["mol_key"])
     called, smiles = molecules.rows["name"].strings(), molecules.rows["smiles"].strings()
-    parents = Lookup(store.read("geometries", ["key", "positions"])) if data.extra else None
-    origins = parents.find(rows["parent_key"]) if parents is not None else None
     for row in range(len(rows)):
         molecule = int(at[row])
         text = smiles[molecule] if molecule >= 0 else ""
-        if _needs_bonds(data) and not text:
+        if bonds and not text:
             summary.left_out["bonds that are not known"] += 1
             continue
-        partner = None
-        if "partner" in data.extra:
-            origin = int(origins[row]) if origins is not None else -1
-            if parents is None or origin < 0:
-                summary.left_out["no geometry that the relaxation started from"] += 1
-                continue
-            partner = parents.rows["positions"][origin]
         name = called[molecule] if molecule >= 0 else ""
-        yield Geometry(name or text, rows["numbers"][row], rows["positions"][row], text, partner)
+        yield Geometry(name or text, rows["numbers"][row], rows["positions"][row], text)

@@ -291,7 +291,7 @@ def test_a_training_starts_from_the_weights_of_another(toy: Callable[..., Path])
     assert "It started from the weights of best (SHA-256 " in card
 
 
-def test_a_store_gives_relaxed_geometries_and_their_starts(tmp_path: Path) -> None:
+def test_a_store_gives_relaxed_geometries(tmp_path: Path) -> None:
     records = Records()
     smiles = ("CCO", "CC(=O)O", "c1ccccc1", "CC#N")
     for number in range(24):
@@ -299,9 +299,7 @@ def test_a_store_gives_relaxed_geometries_and_their_starts(tmp_path: Path) -> No
     store = new_store(tmp_path / "toy.basin")
     records.seal(store)
     path = tmp_path / "toy.toml"
-    path.write_text(
-        FILE.replace("toy.npz", "toy.basin").replace("[model]", 'extra = ["partner"]\n[model]')
-    )
+    path.write_text(FILE.replace("toy.npz", "toy.basin"))
     file = loaded(path)
     data, judged, summary = read_data(file.data, tmp_path)
     # 1, 11 and 21 are the test part, 0, 10 and 20 the validation part, 5 changed its bonds.
@@ -309,9 +307,6 @@ def test_a_store_gives_relaxed_geometries_and_their_starts(tmp_path: Path) -> No
     assert len(data) == 24 - 3 - 3 - 1
     assert summary.left_out == {"bonds that changed in the relaxation": 1}
     assert summary.elements == [1, 6, 7, 8]
-    for group in data.groups.values():
-        moved = (group["partner"] - group["positions"]).norm(dim=-1)
-        assert torch.equal(moved, torch.zeros_like(moved))  # the fixture's MMFF geometry is it
     for field, what in (
         ('stage = "gfn"', r'stage = "gfn": did you mean "gfn2"\?'),
         ('level = "GFN1-xTB"', r'level = "GFN1-xTB": did you mean "GFN2-xTB"\?'),
@@ -483,11 +478,10 @@ def test_a_molecule_kept_for_judgement_is_not_learnt_from_another_source(tmp_pat
     frames(tmp_path / "a.xyz", [("CCO", "a10"), ("CCC", "a12"), ("CCN", "a11")])
     frames(tmp_path / "b.xyz", [("CCO", "b2"), ("CCN", "b3"), ("COC", "b4"), ("CCC", "b5")])
     (tmp_path / "t.toml").write_text(
-        'name = "t"\n[data]\nsource = ["a.xyz", "b.xyz"]\nextra = ["bonds"]\n'
-        "[training]\nepochs = 1\n"
+        'name = "t"\n[data]\nsource = ["a.xyz", "b.xyz"]\n[training]\nepochs = 1\n'
     )
     file = load_training(tmp_path / "t.toml")
-    training, validation, summary = read_data(file.data, tmp_path)
+    training, validation, summary = read_data(file.data, tmp_path, needs=["bonds"])
     assert sorted(training.names) == ["a12", "b4", "b5"]
     assert validation.names == ["a10"]
     assert summary.left_out["another geometry of it is kept for validation or test"] == 2

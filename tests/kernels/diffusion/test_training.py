@@ -93,12 +93,12 @@ def test_extra_arrays_stay_with_their_molecules() -> None:
         list(KINDS),
         [a.numbers for a in atoms],
         [a.positions for a in atoms],
-        {"partner": [a.positions + 1 for a in atoms], "bonds": [np.eye(len(a)) for a in atoms]},
+        {"displaced": [a.positions + 1 for a in atoms], "bonds": [np.eye(len(a)) for a in atoms]},
     )
     for step in data.epoch(4, 2, seed=0, number=0):
         for piece in step:
             batch = data.take(piece, torch.device("cpu"))
-            torch.testing.assert_close(batch["partner"], batch["positions"] + 1)
+            torch.testing.assert_close(batch["displaced"], batch["positions"] + 1)
             assert batch["bonds"].shape == (len(piece.rows), piece.size, piece.size)
 
 
