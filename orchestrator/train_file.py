@@ -26,7 +26,7 @@ from typing import (
 from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from kernels.diffusion.egnn import ModelConfig
-from kernels.diffusion.training import OBJECTIVES, TrainSettings
+from kernels.diffusion.training import OBJECTIVES, TrainSettings, check
 from kernels.errors import KernelError
 from orchestrator.errors import CampaignError
 from orchestrator.molecules import expand
@@ -232,9 +232,13 @@ def load_training(path: Path) -> TrainFile:
     problems.raise_if_any()
     assert found is not None
     try:
-        found.config(found.elements or (1,), {})
+        config = found.config(found.elements or (1,), {})
     except KernelError as error:
         raise CampaignError(f"{path}: [model]: {error}") from None
+    try:
+        check(config, found.settings())
+    except KernelError as error:
+        raise CampaignError(f"{path}: [training] {error}") from None
     return found
 
 

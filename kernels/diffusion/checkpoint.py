@@ -20,7 +20,7 @@ from kernels.diffusion.model_files import SUFFIX, digest, find, shipped
 from kernels.diffusion.schedule import Schedule
 from kernels.errors import InputError
 
-__all__ = ["Model", "digest", "find", "load", "read", "save", "shipped"]
+__all__ = ["Model", "digest", "find", "load", "read", "save", "shipped", "write_whole"]
 
 FORMAT: Final = "basin-diffusion"
 FORMAT_VERSION: Final = 1
@@ -77,10 +77,15 @@ def save(
         "card": json.dumps(dict(card), sort_keys=True),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    write_whole(target, _reproducible(serialize(tensors, metadata)))
+
+
+def write_whole(target: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there wholly or not at all, and in place of any older one."""
+    unfinished = target.with_name(f".tmp-{uuid.uuid4().hex}-{target.name}")
     try:
         with open(unfinished, "wb") as stream:
-            stream.write(_reproducible(serialize(tensors, metadata)))
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(unfinished, target)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import statistics
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -29,7 +27,9 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels.diffusion import refiner
+from kernels.diffusion.checkpoint import write_whole
 from kernels.diffusion.egnn import ModelConfig, build, features
+from kernels.diffusion.process import add_noise, centred
 from kernels.diffusion.schedule import Schedule
 from kernels.errors import InputError, NotFiniteError
 
@@ -67,7 +67,11 @@ class TrainSettings:
     """
 
     objective: str = field(
-        default="edm", metadata=_described("What is learnt; edm: the noise, as published")
+        default="edm",
+        metadata=_described(
+            "What is learnt; edm: the noise, as published; force-field: what the force field gets "
+            "wrong at minima, for architecture basin"
+        ),
     )
     epochs: int | None = field(
         default=None, metadata=_described("Training ends after so many epochs", at_least=1)
@@ -265,11 +269,6 @@ def noise(generator: Generator, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-def centred(x: Tensor) -> Tensor:
-    """Positions (B, N, 3) with their mean at the origin."""
-    return x - x.mean(dim=1, keepdim=True)
-
-
 def edm(
     network: Module,
     schedule: Schedule,
@@ -282,33 +281,40 @@ def edm(
 
     z_n = alpha_n z_0 + sigma_n eps, eps of the positions with zero centre of mass (Hoogeboom et
     al., ICML 2022, eq. 6 and 13, the l2 loss of their code; each molecule's error is divided by
-    its own size instead of the largest one's, and level 0 is treated like every other). Where the
-    batch has bond orders, the network is given them as the graph.
+    its own size instead of the largest one's, and level 0 is treated like every other).
     """
     x, h = centred(batch["positions"]), features(batch["numbers"], config)
     level = batch["level"]
-    alpha, sigma = (
-        _on(values, x.device)[level][:, None, None] for values in (schedule.alpha, schedule.sigma)
-    )
     eps_x, eps_h = centred(noise(generator, x)), noise(generator, h)
-    found_x, found_h = network(
-        alpha * x + sigma * eps_x,
-        alpha * h + sigma * eps_h,
-        level / schedule.steps,
-        batch.get("bonds"),
-    )
+    z_x, z_h = add_noise(schedule, x, h, level, eps_x, eps_h)
+    found_x, found_h = network(z_x, z_h, level / schedule.steps, None)
     wrong: Tensor = ((found_x - eps_x) ** 2).sum((1, 2)) + ((found_h - eps_h) ** 2).sum((1, 2))
     return wrong / (x.shape[1] * (3 + h.shape[2]))
 
 
 OBJECTIVES: Final[dict[str, Objective]] = {"edm": edm, "force-field": refiner.objective}
 
+# The architecture that an objective is for: another one would learn what its process never asks.
+_LEARNS: Final[dict[str, str]] = {"edm": "edm", "force-field": "basin"}
+
 # What an objective needs of each molecule beside numbers and positions.
 NEEDS: Final[dict[str, tuple[str, ...]]] = {"edm": (), "force-field": ("bonds", "force_field")}
 
 
-def _on(values: NDArray[np.float64], device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(device)
+def check(config: ModelConfig, settings: TrainSettings) -> None:
+    """Raise InputError where the objective is unknown, or not for the model's architecture."""
+    if settings.objective not in OBJECTIVES:
+        raise InputError(
+            f"objective = {settings.objective!r}: there is {', '.join(sorted(OBJECTIVES))}"
+        )
+    architecture = _LEARNS[settings.objective]
+    if config.architecture != architecture:
+        fitting = next(name for name, kind in _LEARNS.items() if kind == config.architecture)
+        raise InputError(
+            f"objective = {settings.objective!r} is for models of architecture {architecture!r}; "
+            f"this one is of architecture {config.architecture!r}, for which write "
+            f"objective = {fitting!r}"
+        )
 
 
 def max_level(settings: TrainSettings, schedule: Schedule) -> int:
@@ -387,12 +393,10 @@ def init(
 ) -> TrainState:
     """The state before the first step; ``weights`` are those to start from, else drawn anew.
 
-    Raises InputError for an unknown objective, a level out of range or weights that do not fit.
+    Raises InputError for an unknown objective, one for another architecture, a level out of range
+    or weights that do not fit.
     """
-    if settings.objective not in OBJECTIVES:
-        raise InputError(
-            f"objective = {settings.objective!r}: there is {', '.join(sorted(OBJECTIVES))}"
-        )
+    check(config, settings)
     schedule = Schedule(config.steps, config.precision)
     max_level(settings, schedule)
     where = torch.device(device)
@@ -641,6 +645,8 @@ def validate(state: TrainState, data: TrainingSet) -> Validation:
 
 # Saved states
 
+_ANEW: Final = "; remove the file to begin anew"
+
 
 def weights(module: Module) -> dict[str, Tensor]:
     """A module's tensors by name, copied to main memory."""
@@ -670,15 +676,7 @@ def state_to_file(state: TrainState, path: Path, about: Mapping[str, Any] | None
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, buffer.getbuffer())
 
 
 def _plain(value: Any) -> Any:
@@ -691,12 +689,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, KeyError) as exc:
-        raise InputError(f"{path}: is no saved training ({exc})") from None
+        raise InputError(f"{path}: is no saved training ({exc}){_ANEW}") from None
     except Exception as exc:
         # torch raises pickle's own errors for a file that is not one of its archives.
-        raise InputError(f"{path}: is no saved training ({type(exc).__name__})") from None
+        raise InputError(f"{path}: is no saved training ({type(exc).__name__}){_ANEW}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path}: is no saved training of this version")
+        raise InputError(f"{path}: is no saved training of this version{_ANEW}")
     return content
 
 
@@ -722,12 +720,13 @@ def state_from_file(
             before, after = content[part].get(name), now[part][name]
             if before != after:
                 raise InputError(
-                    f"{path}: this training was begun with {name} = {before!r}, not {after!r}"
+                    f"{path}: this training was begun with {name} = {before!r}, not {after!r}; "
+                    "write that, or another output"
                 )
     if content["steps_per_epoch"] != steps_per_epoch:
         raise InputError(
             f"{path}: an epoch of this training has {content['steps_per_epoch']} steps, not "
-            f"{steps_per_epoch}: the data have changed"
+            f"{steps_per_epoch}: the data have changed; write another output, or remove the folder"
         )
     state = init(config, settings, steps_per_epoch, device=device)
     state.network.load_state_dict(content["network"])

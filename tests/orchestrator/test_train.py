@@ -366,6 +366,11 @@ def test_xyz_files_are_read_too(tmp_path: Path) -> None:
             FILE + 'objective = "edn"\n',
             r'\[training\] objective = "edn": is not an objective; did you mean "edm"',
         ),
+        (
+            FILE + 'objective = "force-field"\n',
+            r"\[training\] objective = 'force-field' is for models of architecture 'basin'; this "
+            "one is of architecture 'edm', for which write objective = 'edm'",
+        ),
         (FILE + "seed = 1\n[run]\nbatch = 3\n", r"\[run\] batch = 3: unknown key; belongs in"),
         (FILE.replace("hidden = 32", 'elements = ["Xx"]'), r'elements = "Xx": is not an element'),
         (FILE.replace("hidden = 32", "hidden = 0"), r"\[model\]: model hidden = 0; give 1 or more"),

@@ -13,7 +13,7 @@ import torch
 from ase.build import molecule
 from torch import Tensor, nn
 
-from kernels.diffusion import training
+from kernels.diffusion import process, training
 from kernels.diffusion.egnn import ModelConfig
 from kernels.diffusion.training import TrainingSet, TrainSettings, TrainState
 from kernels.errors import InputError, NotFiniteError
@@ -130,7 +130,7 @@ def test_the_published_loss_is_the_error_of_the_noise(knows: bool) -> None:
         "positions": torch.from_numpy(ethanol.positions.astype("f4")).expand(many, -1, -1),
         "level": torch.arange(many) % 900 + 100,
     }
-    x = training.centred(batch["positions"])
+    x = process.centred(batch["positions"])
     h = training.features(batch["numbers"], state.config)
     oracle = _Oracle(x, h, state, knows=knows)
     generator = torch.Generator().manual_seed(1)
@@ -267,6 +267,8 @@ def test_impossible_settings_are_refused() -> None:
     data = toy_set(14, seed=13)
     with pytest.raises(InputError, match="objective = 'energy'"):
         begin(data, replace(QUICK, objective="energy"))
+    with pytest.raises(InputError, match="for models of architecture 'basin'; this one is of arch"):
+        begin(data, replace(QUICK, objective="force-field"))
     with pytest.raises(InputError, match="max_level = 2000: the schedule has 1000"):
         begin(data, replace(QUICK, max_level=2000))
     with pytest.raises(InputError, match="do not fit"):
