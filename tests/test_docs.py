@@ -44,7 +44,7 @@ def test_the_campaign_in_the_readme_runs_and_answers(tmp_path: Path) -> None:
         for line in block.splitlines()
         if line.startswith("basin ") and "doctor" not in line
     ]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         done = subprocess.run(
             command.replace("basin ", f"{sys.executable} -m orchestrator.cli ", 1),
@@ -55,12 +55,14 @@ def test_the_campaign_in_the_readme_runs_and_answers(tmp_path: Path) -> None:
             timeout=120,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "mine.sdf").read_text().count("$$$$") == 2
+    assert (tmp_path / "mine.sdf").read_text().count("$$$$") == 4
     program = _readme_blocks("python")[0].replace("results/quickstart", "mine.basin")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/running.md", "docs/store.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/diffusion.md", "docs/running.md", "docs/store.md"]
+)
 def test_files_named_in_the_docs_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for name in re.findall(
