@@ -205,11 +205,10 @@ class _Run:
         from kernels.diffusion import training
 
         weights = None
-        if self.file.init_from is not None:
+        if self.file.first_weights is not None:
             from kernels.diffusion import checkpoint
 
-            given = self.file.path.parent / self.file.init_from
-            model = checkpoint.load(str(given) if given.is_file() else self.file.init_from)
+            model = checkpoint.load(self.file.first_weights)
             weights = model.network.state_dict()
             self.source = {"name": model.name, "digest": model.digest}
         return training.init(self.config, self.settings, steps, device=self.device, weights=weights)

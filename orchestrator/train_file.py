@@ -191,6 +191,14 @@ class TrainFile(Table):
         return ModelConfig(**written, size_histogram=dict(sizes))
 
     @property
+    def first_weights(self) -> str | None:
+        """Model whose weights the training starts from: its file, or a shipped name."""
+        if self.init_from is None:
+            return None
+        beside = self.path.parent / self.init_from
+        return str(beside) if beside.is_file() else self.init_from
+
+    @property
     def elements(self) -> tuple[int, ...] | None:
         """Elements that the file names, as atomic numbers."""
         written: tuple[int, ...] | None = getattr(self.model, _OPEN)

@@ -27,7 +27,7 @@ from orchestrator.worker import Control, task_record
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from orchestrator.train import TrainProgress, TrainSummary
+    from orchestrator.train import TrainProgress
     from orchestrator.train_file import TrainFile
 
 VERSION: Final = 1
@@ -79,6 +79,7 @@ def said(store: Path) -> dict[str, Any]:
 
 def run_training(job: TrainJob) -> TrainReceipt:
     """Train, or go on with it, in a Parsl worker; what it can say of an error is in the receipt."""
+    from kernels.errors import KernelError
     from orchestrator.errors import BasinError, StoreLockedError
     from orchestrator.show import training_line
     from orchestrator.train import train
@@ -114,8 +115,8 @@ def run_training(job: TrainJob) -> TrainReceipt:
                     raise
                 time.sleep(1.0)
         if summary.finished:
-            _seal(job, key, file, summary, started, time.process_time() - cpu)
-    except BasinError as exc:
+            _seal(job, key, file, started, time.process_time() - cpu)
+    except (BasinError, KernelError) as exc:
         return TrainReceipt(False, "", "", str(exc))
     words = (
         f"{summary.name}: {summary.step:,} steps, {summary.epoch:.1f} epochs; best validation loss "
@@ -129,20 +130,16 @@ def run_training(job: TrainJob) -> TrainReceipt:
 
 def _keys(file: TrainFile) -> tuple[bytes, str]:
     """The key of the training's result, and the name of its folder."""
-    from dataclasses import asdict as plain
-
-    from kernels.diffusion import checkpoint
+    from kernels.diffusion import model_files
     from kernels.diffusion.training import FIXED_SETTINGS
     from orchestrator.training_data import read_data
 
     # Geometries alone: what an objective needs beside them follows from them, and may take long.
     _, _, summary = read_data(file.data, file.path.parent, file.elements)
-    settings = plain(file.settings())
+    settings = asdict(file.settings())
     source = None
-    if file.init_from is not None:
-        given = file.path.parent / file.init_from
-        found = checkpoint.find(given if given.is_file() else file.init_from)
-        source = checkpoint.digest(found)
+    if file.first_weights is not None:
+        source = model_files.digest(model_files.find(file.first_weights))
     same = {
         "kernel": STAGE,
         "version": VERSION,
@@ -155,14 +152,7 @@ def _keys(file: TrainFile) -> tuple[bytes, str]:
     return key, hashlib.sha256(canonical(same)).hexdigest()[:12]
 
 
-def _seal(
-    job: TrainJob,
-    key: bytes,
-    file: TrainFile,
-    summary: TrainSummary,
-    started_s: float,
-    cpu_s: float,
-) -> None:
+def _seal(job: TrainJob, key: bytes, file: TrainFile, started_s: float, cpu_s: float) -> None:
     """Put the finished training into the store's tasks, once."""
     import torch
 
