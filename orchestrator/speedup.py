@@ -46,8 +46,8 @@ _RELAXATIONS = (
     "n_atoms", "n_steps", "n_evaluations", "initial_energy_eV", "final_energy_eV",
     "connectivity_changed", "cpu_s",
 )  # fmt: skip
-_PATHS = ("key", "model", "n", "protocol", "connectivity_changed", "changed_elements")
-_TASKS = ("key", "parent_key", "stage", "kernel", "status", "started_s", "cpu_s")
+_PATHS = ("key", "model", "n", "protocol", "connectivity_changed")
+_TASKS = ("key", "parent_key", "kernel", "started_s", "cpu_s")
 _MOLECULES = ("key", "smiles", "name", "source")
 
 
