@@ -1,9 +1,8 @@
 """Molecules from files: SMILES lists, CSV tables, SD files, (extended) XYZ, and NumPy archives.
 
-Text files may be gzipped.
-Files are read as streams, one record at a time, so that their size does not matter. A record that
-cannot be read is an entry with an error, numbered like the others, and the next one is read as
-if nothing had happened.
+Text files may be gzipped; they are read as streams, one record at a time, so that their size does
+not matter. An archive is in memory as a whole. A record that cannot be read is an entry with an
+error, numbered like the others, and the next one is read as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -796,15 +795,30 @@ def _open_archive(path: Path) -> dict[str, NDArray[Any]]:
 def read_archive(path: Path) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.float64]]]:
     """Name, numbers (N,) and positions (N, 3) in Å of every record, bonds not looked at.
 
-    Raises CampaignError for a file that is not such an archive.
+    Raises CampaignError for a file that is not such an archive, or has a broken record.
     """
     import numpy as np
 
     arrays = _open_archive(path)
-    for row, numbers in enumerate(arrays["numbers"]):
-        n = int(np.count_nonzero(numbers))
-        positions = arrays["positions"][row, :n].astype(np.float64)
-        yield _archive_name(arrays, row), numbers[:n].astype(np.uint8), positions
+    for row in range(len(arrays["numbers"])):
+        try:
+            numbers = _archive_numbers(arrays, row)
+        except InputError as error:
+            raise CampaignError(f"{path}: record {row + 1}: {error}") from None
+        positions = arrays["positions"][row, : len(numbers)].astype(np.float64)
+        yield _archive_name(arrays, row), numbers.astype(np.uint8), positions
+
+
+def _archive_numbers(arrays: dict[str, NDArray[Any]], row: int) -> NDArray[Any]:
+    """The atomic numbers (N,) of a record, without what fills it up."""
+    import numpy as np
+
+    numbers = arrays["numbers"][row]
+    n = int(np.count_nonzero(numbers))
+    if not numbers[:n].all() or (numbers < 0).any():
+        raise InputError("numbers are not padded at the end with zeros; repair the record")
+    found: NDArray[Any] = numbers[:n]
+    return found
 
 
 def _archive_name(arrays: dict[str, NDArray[Any]], row: int) -> str:
@@ -828,17 +842,14 @@ def _from_archive(arrays: dict[str, NDArray[Any]], row: int, source: MoleculeSou
 
     from kernels.graph import from_geometry
 
-    numbers = arrays["numbers"][row]
-    n = int(np.count_nonzero(numbers))
-    if not numbers[:n].all() or (numbers < 0).any():
-        raise InputError("numbers are not padded at the end with zeros; repair the record")
+    numbers = _archive_numbers(arrays, row)
     charge = int(arrays["charge"][row]) if "charge" in arrays else source.charge
     multiplicity = (
         int(arrays["multiplicity"][row]) if "multiplicity" in arrays else source.multiplicity
     )
     return from_geometry(
-        numbers[:n],
-        arrays["positions"][row, :n].astype(np.float64),
+        numbers,
+        arrays["positions"][row, : len(numbers)].astype(np.float64),
         charge=charge,
         multiplicity=multiplicity,
     )

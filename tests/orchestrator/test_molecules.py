@@ -473,6 +473,8 @@ def test_a_bad_record_of_an_archive_costs_itself(tmp_path: Path) -> None:
     entries = read_archive_of(tmp_path, {}, numbers=numbers, positions=positions)
     assert [entry.error is None for entry in entries] == [True] + [False] * 4 + [True]
     assert "padded" in str(entries[1].error)
+    with pytest.raises(CampaignError, match=r"record 2: numbers are not padded at the end"):
+        list(read_archive(tmp_path / "set.npz"))
 
 
 @pytest.mark.parametrize(
