@@ -54,6 +54,9 @@ class Category:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def __getitem__(self, row: int) -> str:
+        return self.names[int(self.codes[row])]
+
     def take(self, rows: NDArray[np.integer[Any]]) -> Category:
         """Return the given rows, in the given order."""
         return Category(self.codes[rows], self.names)

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.units import EV_TO_KCAL
-from orchestrator.columns import Category, Rows
+from orchestrator.columns import Rows
 from orchestrator.store import Snapshot, Store
 from orchestrator.tables import Lookup
 
 Floats = NDArray[np.float64]
 Levels = NDArray[np.int64]
 
-_ATTEMPTS = 5
 _POINTS = ("parent_key", "level", "energy_eV", "line_energy_eV")
 
 # Measures of the table that are averaged over molecules, frame by frame.
@@ -61,18 +60,7 @@ def settled_from(levels: Levels, final: NDArray[np.bool_]) -> int:
 
 def generations(store: Store) -> list[Generation]:
     """Return the convergence of each generation stage of a store."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return _generations(store.snapshot())
-        except FileNotFoundError:
-            # Compacted away meanwhile; a new snapshot has the same rows elsewhere.
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _word(column: Category, row: int) -> str:
-    return column.names[int(column.codes[row])]
+    return store.consistent(_generations)
 
 
 def _generations(snapshot: Snapshot) -> list[Generation]:
@@ -83,7 +71,7 @@ def _generations(snapshot: Snapshot) -> list[Generation]:
     point_of = Lookup(Rows(points.schema, {"key": points["parent_key"]})).find(rows["key"])
     groups: dict[tuple[str, str, bytes], list[int]] = {}
     for row in range(len(rows)):
-        name = (_word(rows["stage"], row), _word(rows["model"], row))
+        name = (rows["stage"][row], rows["model"][row])
         groups.setdefault((*name, rows["level"][row].tobytes()), []).append(row)
     return [
         _one(rows, stage, model, mine, points, point_of)
@@ -112,7 +100,7 @@ def _one(
             continue
         found = _energies(points["energy_eV"][point], points["line_energy_eV"][point])
         if found is not None:
-            theory = theory or _word(points["level"], point)
+            theory = theory or points["level"][point]
             energies.append(found[0])
             lines.append(found[1])
     if not energies:

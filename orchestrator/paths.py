@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.units import EV_TO_KCAL
-from orchestrator.columns import Category, Rows, concat
+from orchestrator.columns import Rows, concat
 from orchestrator.store import Snapshot, Store
 from orchestrator.tables import Lookup, stream
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-_ATTEMPTS = 5
 _STEP = 512
 _FROM_NOISE = "generation"
 _PATHS = (
@@ -52,10 +51,6 @@ class Walk:
     minimum_eV: float
     own: bool
     changed: bool
-
-
-def _word(column: Category, row: int) -> str:
-    return column.names[int(column.codes[row])]
 
 
 def _row_ids(rows: Rows, mine: Indices) -> Indices:
@@ -108,14 +103,7 @@ def _keys(rows: Rows, *names: str) -> Lookup:
 
 def walks(store: Store) -> list[Walk]:
     """Return every diffusion path that has single-point energies of all its frames."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return list(_walks(store.snapshot()))
-        except FileNotFoundError:
-            # Compacted away meanwhile; a new snapshot has the same rows elsewhere.
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    return store.consistent(lambda snapshot: list(_walks(snapshot)))
 
 
 def _walks(snapshot: Snapshot) -> Iterator[Walk]:
@@ -132,7 +120,7 @@ def _walks(snapshot: Snapshot) -> Iterator[Walk]:
     path_of = Lookup(paths).find(points["parent_key"])
     level, program = points["level"], points["program"]
     for point, path in enumerate(path_of.tolist()):
-        if path < 0 or _word(paths["protocol"], path) == _FROM_NOISE:
+        if path < 0 or paths["protocol"][path] == _FROM_NOISE:
             continue
         levels = paths["level"][path].astype(np.int64)
         energies = points["energy_eV"][point].astype(float)
@@ -141,16 +129,16 @@ def _walks(snapshot: Snapshot) -> Iterator[Walk]:
             continue
         shape = (len(levels), n_atoms, 3)
         forces = points["forces"][point]
-        theory = _word(level, point), _word(program, point)
+        theory = level[point], program[point]
         starts = np.stack([paths["key"][path], paths["parent_key"][path]])
         own, other = relaxed.find(*theory, starts).tolist()
         row = own if own >= 0 else other
         yield Walk(
-            stage=_word(paths["stage"], path),
+            stage=paths["stage"][path],
             level_of_theory=theory[0],
-            model=_word(paths["model"], path),
+            model=paths["model"][path],
             n=int(paths["n"][path]),
-            protocol=_word(paths["protocol"], path),
+            protocol=paths["protocol"][path],
             levels=levels,
             frames=paths["positions"][path].reshape(shape).astype(float),
             energies=energies,

@@ -37,7 +37,6 @@ from orchestrator.tables import Lookup
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
-_ATTEMPTS = 5
 _READING = "molecules"
 _SHOWN_FAILURES = 50
 _CARDS = 4
@@ -103,23 +102,18 @@ class _Facts:
 
 
 def _gather(store: Store, diffusion: Diffusion) -> _Facts:
-    for attempt in range(_ATTEMPTS):
-        try:
-            snapshot: Snapshot = store.snapshot()
-            return _Facts(
-                store,
-                diffusion,
-                snapshot.read("tasks", _TASKS),
-                snapshot.read("relaxations", _RELAXATIONS),
-                snapshot.read("geometries", ["stage", "method", "n_steps"]),
-                Lookup(snapshot.read("molecules", _MOLECULES)),
-                snapshot.problems,
-            )
-        except FileNotFoundError:
-            # Compacted away meanwhile; a new snapshot has the same rows elsewhere.
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    def read(snapshot: Snapshot) -> _Facts:
+        return _Facts(
+            store,
+            diffusion,
+            snapshot.read("tasks", _TASKS),
+            snapshot.read("relaxations", _RELAXATIONS),
+            snapshot.read("geometries", ["stage", "method", "n_steps"]),
+            Lookup(snapshot.read("molecules", _MOLECULES)),
+            snapshot.problems,
+        )
+
+    return store.consistent(read)
 
 
 def _text(column: Varlen, row: int) -> str:

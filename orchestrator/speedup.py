@@ -36,7 +36,6 @@ Keys = NDArray[np.uint64]
 # kcal/mol: relaxed energies that differ by more belong to different minima.
 SAME_BASIN: Final = 0.2
 
-_ATTEMPTS = 5
 _DEEPEST = 16
 _FORCE_FIELDS = ("mmff",)
 _NUMBERED = re.compile(r"[-_.]?(step|epoch)[-_]?(\d+)")
@@ -212,25 +211,13 @@ class _Tables:
     molecules: Lookup
 
 
-def _gather(store: Store) -> _Tables:
-    for attempt in range(_ATTEMPTS):
-        try:
-            snapshot: Snapshot = store.snapshot()
-            return _Tables(
-                snapshot.read("relaxations", _RELAXATIONS),
-                Lookup(snapshot.read("tasks", _TASKS)),
-                Lookup(snapshot.read("paths", _PATHS)),
-                Lookup(snapshot.read("molecules", _MOLECULES)),
-            )
-        except FileNotFoundError:
-            # Compacted away meanwhile; a new snapshot has the same rows elsewhere.
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _word(column: Category, row: int) -> str:
-    return column.names[int(column.codes[row])]
+def _gather(snapshot: Snapshot) -> _Tables:
+    return _Tables(
+        snapshot.read("relaxations", _RELAXATIONS),
+        Lookup(snapshot.read("tasks", _TASKS)),
+        Lookup(snapshot.read("paths", _PATHS)),
+        Lookup(snapshot.read("molecules", _MOLECULES)),
+    )
 
 
 def _occurring(column: Category) -> list[str]:
@@ -258,8 +245,7 @@ def _kernels(tables: _Tables, keys: Keys) -> list[str]:
     """Return the kernel of each task; empty for what is no task, such as a file's geometry."""
     kernel = tables.tasks.rows["kernel"]
     return [
-        _word(kernel, row).split(" ")[0] if row >= 0 else ""
-        for row in tables.tasks.find(keys).tolist()
+        kernel[row].split(" ")[0] if row >= 0 else "" for row in tables.tasks.find(keys).tolist()
     ]
 
 
@@ -360,7 +346,7 @@ def compare(store: Store, *, baseline: str = "", order: Sequence[str] = ()) -> C
 
     Raises StoreError where there is no relaxation, or none of the stage ``baseline``.
     """
-    tables = _gather(store)
+    tables = store.consistent(_gather)
     relaxations = tables.relaxations
     if not len(relaxations):
         raise StoreError(f"{store.path}: no relaxation has finished yet, nothing can be compared")
@@ -373,8 +359,8 @@ def compare(store: Store, *, baseline: str = "", order: Sequence[str] = ()) -> C
     baseline = baseline or _default_baseline(tables, stages)
     stage = relaxations["stage"]
     theirs = _latest(tables, np.flatnonzero(stage.equals(baseline)))
-    level = _word(relaxations["level"], int(theirs[-1]))
-    program = _word(relaxations["program"], int(theirs[-1]))
+    level = relaxations["level"][int(theirs[-1])]
+    program = relaxations["program"][int(theirs[-1])]
     alike = relaxations["level"].equals(level) & relaxations["program"].equals(program)
     theirs = theirs[alike[theirs]]
     starts, before = _undiffused(tables, theirs)
@@ -409,7 +395,7 @@ def compare(store: Store, *, baseline: str = "", order: Sequence[str] = ()) -> C
         baseline=baseline,
         level=level,
         program=program,
-        optimizer=_word(relaxations["optimizer"], int(theirs[-1])),
+        optimizer=relaxations["optimizer"][int(theirs[-1])],
         relaxations=relaxations,
         molecules=molecules,
         owner=owner,
@@ -462,12 +448,12 @@ def _arm(tables: _Tables, pairs: _Pairs, baselines: Indices, before: Floats, low
     usable = ~out & measured.finite()
     return Arm(
         stage=pairs.stage,
-        level=_word(relaxations["level"], int(mine[-1])),
-        program=_word(relaxations["program"], int(mine[-1])),
-        optimizer=_word(relaxations["optimizer"], int(mine[-1])),
-        model=_word(paths["model"], last) if last >= 0 else "",
+        level=relaxations["level"][int(mine[-1])],
+        program=relaxations["program"][int(mine[-1])],
+        optimizer=relaxations["optimizer"][int(mine[-1])],
+        model=paths["model"][last] if last >= 0 else "",
         n=int(paths["n"][last]) if last >= 0 else -1,
-        protocol=_word(paths["protocol"], last) if last >= 0 else "",
+        protocol=paths["protocol"][last] if last >= 0 else "",
         mine=mine,
         theirs=theirs,
         before=pairs.before,

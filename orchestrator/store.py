@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from orchestrator.schema import SCHEMA_VERSION, STATUSES, TABLES
 if TYPE_CHECKING:
     import ase
     import pyarrow
+
+_Read = TypeVar("_Read")
 
 FOLDERS = ("inbox", "segments", "manifest", "plan", "checkpoints", "control", "logs")
 _READ_ATTEMPTS = 5
@@ -219,9 +221,17 @@ class Store:
 
     def read(self, table: str, names: Sequence[str] | None = None) -> Rows:
         """Return all rows of a table, each key once, as of now."""
+        return self.consistent(lambda snapshot: snapshot.read(table, names))
+
+    def consistent(self, read: Callable[[Snapshot], _Read]) -> _Read:
+        """Return what ``read`` makes of the store as it is now.
+
+        It is called again where files that it reads are compacted away meanwhile: a new snapshot
+        has the same rows elsewhere. Raises StoreError for a file that is not there any more.
+        """
         for attempt in range(_READ_ATTEMPTS):
             try:
-                return self.snapshot().read(table, names)
+                return read(self.snapshot())
             except FileNotFoundError as exc:
                 if attempt == _READ_ATTEMPTS - 1:
                     raise _gone(exc) from exc

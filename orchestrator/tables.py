@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import ase
     import pyarrow
 
-_ATTEMPTS = 5
 _SHOWN = 5
 _BOOLEAN = "connectivity_changed"
 
@@ -333,16 +332,10 @@ def query(store: Store, sql: str) -> pyarrow.Table:
 
     Raises StoreError with DuckDB's message, and the tables or columns there are.
     """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return _answer(store, sql)
-        except FileNotFoundError:
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    return store.consistent(lambda snapshot: _answer(snapshot, sql))
 
 
-def _answer(store: Store, sql: str) -> pyarrow.Table:
+def _answer(snapshot: Snapshot, sql: str) -> pyarrow.Table:
     import duckdb
     import pyarrow as pa
 
@@ -368,7 +361,6 @@ def _answer(store: Store, sql: str) -> pyarrow.Table:
                 "a query is one SELECT; the store is read-only, and several statements would "
                 "have several answers"
             )
-        snapshot = store.snapshot()
         for name, schema in schemas.items():
             connection.register(name, _dataset(_Source(snapshot, name), schema, problems))
         connection.execute("SET lock_configuration = true")
@@ -412,13 +404,7 @@ def trajectory(store: Store, key: str) -> list[ase.Atoms]:
 
     Raises StoreError when the key is unknown, ambiguous, or that of a task without a path.
     """
-    for attempt in range(_ATTEMPTS):
-        try:
-            return _trajectory(store.snapshot(), key.strip().lower())
-        except FileNotFoundError:
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+    return store.consistent(lambda snapshot: _trajectory(snapshot, key.strip().lower()))
 
 
 def _trajectory(snapshot: Snapshot, key: str) -> list[ase.Atoms]:
@@ -578,8 +564,7 @@ def _energies_along(snapshot: Snapshot, path: bytes) -> Rows | None:
     found: dict[str, bytes] = {}
     for rows in snapshot.parts("single_points", ["key", "parent_key", "stage"]):
         for row in np.flatnonzero((rows["parent_key"] == wanted).all(axis=1)).tolist():
-            stage = rows["stage"].names[rows["stage"].codes[row]]
-            found[stage] = key_bytes(rows["key"][row])
+            found[rows["stage"][row]] = key_bytes(rows["key"][row])
     if not found:
         return None
     names = [c.name for c in TABLES["single_points"].columns]
