@@ -54,14 +54,9 @@ class DriverLock:
 
     @staticmethod
     def _refusal(store: Path, holder: dict[str, Any]) -> str:
-        by = (
-            f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-            if holder
-            else "another process"
-        )
         return (
-            f"{store}: another `basin run` is working on this store ({by}); watch it with "
-            f"`basin status {store}`, or stop it with Ctrl-C there before starting another"
+            f"{store}: another `basin run` is working on this store ({named(holder)}); watch it "
+            f"with `basin status {store}`, or stop it with Ctrl-C there before starting another"
         )
 
     def say(self, *, drain: bool) -> None:
@@ -95,6 +90,13 @@ def who(store: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return word
+
+
+def named(holder: dict[str, Any]) -> str:
+    """Return in words the process that `who` tells of."""
+    if not holder:
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
 def is_running(store: Path) -> bool:

@@ -18,7 +18,8 @@ from orchestrator.errors import CampaignError
 from orchestrator.key_index import KeyIndex
 
 NO_KEY = bytes(16)
-_FROM_NO_GEOMETRY = frozenset({"embed", "generate", "rehearse"})
+# Kernels that make molecules or geometries instead of starting from one.
+FROM_NO_GEOMETRY = frozenset({"embed", "generate", "rehearse"})
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -160,7 +161,7 @@ class Plan:
     @property
     def from_files(self) -> bool:
         """Whether molecules bring their geometry instead of being embedded."""
-        return all(s.kernel not in _FROM_NO_GEOMETRY for s in self.stages if s.parent < 0)
+        return all(s.kernel not in FROM_NO_GEOMETRY for s in self.stages if s.parent < 0)
 
     @property
     def from_noise(self) -> bool:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kernels.errors import InputError, KernelError, NotFiniteError
 from orchestrator.child import die_with_parent
 from orchestrator.errors import CampaignError, RunError
-from orchestrator.lock import DriverLock
+from orchestrator.lock import DriverLock, named
 from orchestrator.shard import write_whole
 from orchestrator.train_file import TrainFile
 
@@ -76,14 +76,10 @@ class _TrainingLock(DriverLock):
 
     @staticmethod
     def _refusal(store: Path, holder: dict[str, Any]) -> str:
-        by = (
-            f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-            if holder
-            else "another process"
-        )
         return (
-            f"{store}: another `basin train` is working in this folder ({by}); stop it with "
-            "Ctrl-C there before starting another, or write another output in the training file"
+            f"{store}: another `basin train` is working in this folder ({named(holder)}); stop it "
+            "with Ctrl-C there before starting another, or write another output in the training "
+            "file"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import time
@@ -11,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from orchestrator.drawing import COLOURS, FAINT, INK, data_uri
 from orchestrator.shard import write_whole
 from orchestrator.show import duration
 
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 History = Sequence[Mapping[str, float]]
 
-_INK: Final = "#1f2a33"
-_FAINT: Final = "#8a96a3"
-_TRAINING: Final = "#d9812e"
-_VALIDATION: Final = "#2f6690"
+_VALIDATION, _TRAINING = COLOURS[:2]
 
 
 def level_names(history: History) -> list[str]:
@@ -44,7 +41,7 @@ def loss_curves(history: History) -> Figure:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
-    style: dict[Any, Any] = {"font.size": 9.5, "axes.labelcolor": _INK, "text.color": _INK}
+    style: dict[Any, Any] = {"font.size": 9.5, "axes.labelcolor": INK, "text.color": INK}
     with mpl.rc_context(style):
         figure = Figure(figsize=(9.6, 3.6), layout="constrained")
         whole, by_level = figure.subplots(1, 2)
@@ -78,7 +75,7 @@ def loss_curves(history: History) -> Figure:
             low, high = axes.get_ylim()
             axes.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
             axes.spines[["top", "right"]].set_visible(False)
-            axes.spines[["left", "bottom"]].set_color(_FAINT)
+            axes.spines[["left", "bottom"]].set_color(FAINT)
             axes.grid(axis="y", which="both", color="#e6eaee", linewidth=0.8)
             axes.set_axisbelow(True)
     return figure
@@ -166,7 +163,7 @@ def write_report(
     page = environment.get_template("training.html.jinja").render(
         name=about["name"],
         written=time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-        picture="data:image/png;base64," + base64.b64encode(picture).decode(),
+        picture=data_uri(picture, "image/png"),
         best=best,
         last=history[-1],
         first=history[0],

@@ -20,7 +20,7 @@ from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
 from orchestrator.guard import Guard
 from orchestrator.kernel_calls import Call, Payload, batches
-from orchestrator.plan import NO_KEY, Item, StagePlan
+from orchestrator.plan import FROM_NO_GEOMETRY, NO_KEY, Item, StagePlan
 from orchestrator.schema import STATUSES
 
 NOT_STARTED = 255
@@ -201,7 +201,7 @@ def _lowest_multiplicity(numbers: NDArray[np.uint8] | None, charge: int) -> int:
 
 def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
     """Return the runnable items' positions in the bundle, and what to run."""
-    needs_geometry = bundle.stage.kernel not in ("embed", "generate", "rehearse")
+    needs_geometry = bundle.stage.kernel not in FROM_NO_GEOMETRY
     along_path = bundle.stage.along_path
     parents = _parents(bundle, paths=along_path) if needs_geometry else {}
     settled = _settled(bundle) if bundle.stage.settled_only else {}
