@@ -66,18 +66,36 @@ class Payload:
 
 
 def batches(stage: Call, payloads: Sequence[Payload]) -> list[list[int]]:
-    """Return which items run together: one by one, but for models' molecules of equal size."""
+    """Return which items run together: one by one, but for models' molecules.
+
+    Those are of equal size, unless the model takes any; by size they are in any case, since what
+    shares a batch is repeated alone where one of them fails.
+    """
     if stage.kernel not in _BATCHED:
         return [[i] for i in range(len(payloads))]
-    by_size: dict[int, list[int]] = {}
-    for i, n_atoms in enumerate(_sizes(stage, payloads)):
-        by_size.setdefault(n_atoms, []).append(i)
-    made = []
-    for n_atoms, members in sorted(by_size.items()):
-        pairs = _GPU_PAIRS if stage.gpu else _CPU_PAIRS[stage.kernel]
-        size = max(1, pairs // n_atoms**2)
-        made += [members[at : at + size] for at in range(0, len(members), size)]
+    most = _GPU_PAIRS if stage.gpu else _CPU_PAIRS[stage.kernel]
+    mixed = stage.kernel == "diffuse" and _takes_any_size(stage.model)
+    sizes = _sizes(stage, payloads)
+    made: list[list[int]] = []
+    pairs = 0
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        fits = bool(made) and (mixed or sizes[made[-1][0]] == sizes[i])
+        if fits and pairs + sizes[i] ** 2 <= most:
+            made[-1].append(i)
+        else:
+            made.append([i])
+            pairs = 0
+        pairs += sizes[i] ** 2
     return made
+
+
+def _takes_any_size(model: str) -> bool:
+    from kernels.diffusion.model_files import find, read_header
+
+    try:
+        return read_header(find(model)).architecture == "basin"
+    except KernelError:
+        return False  # `prepare` will say what is wrong
 
 
 def _sizes(stage: Call, payloads: Sequence[Payload]) -> list[int]:

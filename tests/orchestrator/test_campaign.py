@@ -57,10 +57,11 @@ def relax_of(folder: Path, fields: str) -> RelaxStage:
 
 def test_quickstart_is_the_published_protocol() -> None:
     campaign = load_campaign(ROOT / "jobs" / "quickstart.toml")
-    embed, mmff, gfn2, diffused, relaxed = campaign.stages
+    embed, mmff, gfn2, diffused, relaxed, hessian = campaign.stages
     assert (embed.from_, mmff.from_, gfn2.from_) == (None, "embed", "mmff")
     assert (diffused.from_, relaxed.from_) == ("mmff", "diffused")
     assert relaxed.settings() == gfn2.settings()
+    assert hessian.settings() == {**gfn2.settings(), "initial_hessian": "force-field"}
     assert gfn2.settings() == {
         "level": "GFN2-xTB",
         "program": "tblite",
