@@ -259,11 +259,15 @@ TABLES: dict[str, TableSchema] = {
                     "mean difference from their final distance, of the pairs bonded at the end",
                     "angstrom",
                 ),
-                _series("elements_final", "<f4", "share of atoms whose element is the final one"),
+                _series(
+                    "elements_final", "<f4", "share of atoms whose element is the final one", "1"
+                ),
                 _series("all_elements_final", "u1", "1 where all atoms have their final element"),
-                _series("bonds_final", "<f4", "share of atoms with as many bonds as at the end"),
+                _series(
+                    "bonds_final", "<f4", "share of atoms with as many bonds as at the end", "1"
+                ),
                 _series("all_bonds_final", "u1", "1 where all atoms have as many as at the end"),
-                _series("valid_bonds", "<f4", "share of atoms with a usual number of bonds"),
+                _series("valid_bonds", "<f4", "share of atoms with a usual number of bonds", "1"),
             ),
         ),
         TableSchema(

@@ -25,6 +25,7 @@ from orchestrator.compact import compact
 from orchestrator.errors import CorruptShardError, StoreError
 from orchestrator.schema import TABLES
 from orchestrator.store import Store
+from tests.orchestrator.diffusion_stores import Study
 from tests.orchestrator.random_stores import (
     add_item,
     many_relaxations,
@@ -363,6 +364,11 @@ def test_racing_and_killed_compactors_and_writers_lose_nothing(
 
 def full_segments(store: Store) -> dict[str, Path]:
     little_records(forces=True).seal(store)
+    study = Study()
+    relaxed = study.molecule("propane", 9, smiles="CCC")
+    study.points(study.diffuse(relaxed), [2.0, 1.0], minimum=relaxed)
+    study.generation("sample 0")
+    study.records.seal(store, "study")
     compact(store)
     return {s.table: store.path / s.file for s in store.snapshot().manifest.segments}
 
@@ -379,7 +385,7 @@ def test_stock_tools_read_a_segment(store: Store, require_engine: Callable[[str]
         return done.stdout
 
     listed = ask("h5ls", "-r", str(segments["relaxations"]))
-    assert re.search(r"/relaxations/final_energy_eV\s+Dataset \{5\}", listed)
+    assert re.search(r"/relaxations/final_energy_eV\s+Dataset \{6\}", listed)
     path = "/relaxations/final_energy_eV"
     text = ask("h5dump", "-d", path, "-m", "%.6f", str(segments["relaxations"]))
     values = re.search(r"DATA \{(.*?)\}", text, re.DOTALL)
