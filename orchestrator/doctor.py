@@ -122,6 +122,24 @@ def _machine(folder: Path) -> list[Finding]:
     return found
 
 
+_DIFFUSION = """
+import torch
+torch.set_num_threads(1)
+from kernels.diffusion.checkpoint import load, shipped
+from kernels.diffusion.process import DiffuseSettings, Start, diffuse
+from kernels.embedding import embed
+made = embed("CCO", seed=1, max_attempts=50)
+start = Start(made.numbers, made.positions, seed=1, smiles="CCO")
+(path,) = diffuse(load("qm9-gfn2"), [start], DiffuseSettings(n=20))
+if isinstance(path, Exception):
+    raise path
+length = sum((path.frames[-1][0] - path.frames[-1][1]) ** 2) ** 0.5
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+names = ", ".join(shipped())
+print(f"torch {torch.__version__}, {device}; {names}: C-C of ethanol {length:.3f} Å")
+"""
+
+
 def examine(folder: Path) -> list[Finding]:
     """Look at versions, engines, sites, and the file system at ``folder``."""
     return [
@@ -129,6 +147,7 @@ def examine(folder: Path) -> list[Finding]:
         _engine("RDKit (ETKDGv3, MMFF94)", "rdkit", "", _MMFF),
         _engine("tblite (GFN2-xTB)", "tblite", "", _WATER.format("tblite")),
         _engine("xtb-python (GFN2-xTB)", "xtb", "xtb", _WATER.format("xtb-python")),
+        _engine("diffusion models", "torch", "", _DIFFUSION),
         _engine("Sella", "sella", "sella", "import sella\nprint('imports')"),
         *_sites(),
         *_machine(folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def test_what_works_here_is_ok(found: dict[str, Finding]) -> None:
 def test_engines_are_tried_with_known_energies(
     found: dict[str, Finding], require_engine: Callable[[str], None]
 ) -> None:
+    model = found["diffusion models"]
+    assert model.state == "ok", model.detail
+    length = re.search(r"C-C of ethanol (\d\.\d+) Å", model.detail)
+    # GFN2-xTB itself: 1.525 Å.
+    assert length is not None
+    assert float(length[1]) == pytest.approx(1.525, abs=0.015)
     require_engine("tblite")
     answer = found["tblite (GFN2-xTB)"]
     assert answer.state == "ok"
