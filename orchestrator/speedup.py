@@ -637,15 +637,22 @@ def saved_line(comparison: Comparison) -> str:
     besides = ""
     if other is not None and other.all.reduction.value > arm.all.reduction.value:
         way = f"{'diffusion and ' if other.diffused else ''}{other.optimizer}"
-        besides = f"; {100 * other.all.reduction.value:.0f} % with {way} ({other.stage})"
+        besides = f"; {100 * other.all.reduction.value:.0f} % saved with {way} ({other.stage})"
     found, n = arm.all.reduction, arm.all.molecules
+    # A model far from what it was trained on does harm, which a minus sign alone would hide.
+    saved = found.value >= 0
+    value, *bounds = (
+        100 * x if saved else -100 * x
+        for x in (found.value, *sorted((found.low, found.high), reverse=not saved))
+    )
     interval = (
-        f"95 % CI {100 * found.low:.0f} to {100 * found.high:.0f}, "
+        f"95 % CI {bounds[0]:.0f} to {bounds[1]:.0f}, "
         if found.known
         else "too few for an interval, "
     )
+    what = "saved {:.0f} % of the" if saved else "did harm: {:.0f} % more"
     return (
-        f"diffusion saved {100 * found.value:.0f} % of the relaxation steps (median, {interval}"
+        f"diffusion {what.format(value)} relaxation steps (median, {interval}"
         f"{n:,} molecule{'s' if n != 1 else ''}; {arm.stage} against {comparison.baseline})"
         f"{besides}"
     )

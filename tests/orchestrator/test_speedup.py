@@ -301,6 +301,13 @@ def test_the_line_names_the_arm_and_its_interval(tmp_path: Path) -> None:
         "diffusion saved 75 % of the relaxation steps (median, 95 % CI 75 to 75, 12 molecules; "
         "relaxed-50 against gfn2)"
     )
+    worse = Study()
+    for at in range(12):
+        worse.arm(worse.molecule(f"molecule {at}", 20), 30)
+    assert saved_line(compare(worse.store(tmp_path / "worse"))) == (
+        "diffusion did harm: 50 % more relaxation steps (median, 95 % CI 50 to 50, 12 molecules; "
+        "relaxed-20 against gfn2)"
+    )
     few = saved_line(compare(little_study(1).store(tmp_path / "few")))
     assert "(median, too few for an interval, 1 molecule; " in few
 
