@@ -302,6 +302,7 @@ def diffusion_campaign(folder: Path) -> Path:
     return campaign
 
 
+@pytest.mark.slow
 def test_killed_diffusions_end_where_undisturbed_ones_do(tmp_path: Path) -> None:
     calm = diffusion_campaign(tmp_path / "calm")
     complete(calm)

@@ -212,6 +212,7 @@ def test_two_processes_learn_what_one_learns(toy: Callable[..., Path]) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_several_processes_stop_and_go_on_together(toy: Callable[..., Path]) -> None:
     path = toy(epochs="epochs = 100000")
     output = path.parent / "toy.training"

@@ -113,6 +113,7 @@ def trainer(path: Path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_campaign_trains_its_model_past_kills(campaign: Path) -> None:
     process = start(campaign)
     wait_until(lambda: epochs(campaign) > 3, process)
