@@ -40,19 +40,12 @@ def minimise(smiles: str, positions: ArrayLike, *, max_steps: int) -> ForceField
     al., J. Am. Chem. Soc. 1992, 114, 10024) otherwise; the result says which. Raises InputError
     when neither covers the molecule, ConvergenceError after `max_steps`, NotFiniteError.
     """
-    from rdkit import Chem
-
     # MinimizeTrajectory returns objects of this module and does not import it.
     from rdkit.Chem import rdtrajectory  # noqa: F401
 
     if max_steps < 1:
         raise InputError(f"max_steps {max_steps} is impossible; give 1 or more")
-    mol = Chem.Mol(rdkit_molecule(smiles))
-    xyz = checked_positions(mol.GetNumAtoms(), positions)
-    conformer = Chem.Conformer(mol.GetNumAtoms())
-    conformer.SetPositions(xyz)
-    mol.RemoveAllConformers()
-    mol.AddConformer(conformer, assignId=True)
+    mol = _placed(smiles, positions)
     name = force_field_name(mol)
     if name is None:
         raise InputError(
@@ -85,8 +78,20 @@ def minimise(smiles: str, positions: ArrayLike, *, max_steps: int) -> ForceField
     )
 
 
+def _placed(smiles: str, positions: ArrayLike) -> Chem.Mol:
+    """Return a molecule of its own with `positions` (N, 3) in Å as its only conformer."""
+    from rdkit import Chem
+
+    mol = Chem.Mol(rdkit_molecule(smiles))
+    conformer = Chem.Conformer(mol.GetNumAtoms())
+    conformer.SetPositions(checked_positions(mol.GetNumAtoms(), positions))
+    mol.RemoveAllConformers()
+    mol.AddConformer(conformer, assignId=True)
+    return mol
+
+
 class Surface:
-    """The force field of one molecule as a function of its geometry: energy and derivatives.
+    """The force field of one molecule as a function of its geometry: gradient and Hessian.
 
     Positions (N, 3) in Å, in the canonical order of `smiles`. Raises InputError where neither
     MMFF94 nor UFF has all parameters.
@@ -96,14 +101,7 @@ class Surface:
     _DISPLACEMENT = 1e-3
 
     def __init__(self, smiles: str, positions: ArrayLike) -> None:
-        from rdkit import Chem
-
-        self._mol = Chem.Mol(rdkit_molecule(smiles))
-        n_atoms = self._mol.GetNumAtoms()
-        conformer = Chem.Conformer(n_atoms)
-        conformer.SetPositions(checked_positions(n_atoms, positions))
-        self._mol.RemoveAllConformers()
-        self._mol.AddConformer(conformer, assignId=True)
+        self._mol = _placed(smiles, positions)
         name = force_field_name(self._mol)
         if name is None:
             raise InputError(f"neither MMFF94 nor UFF has parameters for {smiles!r}")

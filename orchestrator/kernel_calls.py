@@ -73,20 +73,11 @@ def batches(stage: Call, payloads: Sequence[Payload]) -> list[list[int]]:
     """
     if stage.kernel not in _BATCHED:
         return [[i] for i in range(len(payloads))]
+    from kernels.diffusion.sizes import packed
+
     most = _GPU_PAIRS if stage.gpu else _CPU_PAIRS[stage.kernel]
     mixed = stage.kernel == "diffuse" and _takes_any_size(stage.model)
-    sizes = _sizes(stage, payloads)
-    made: list[list[int]] = []
-    pairs = 0
-    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
-        fits = bool(made) and (mixed or sizes[made[-1][0]] == sizes[i])
-        if fits and pairs + sizes[i] ** 2 <= most:
-            made[-1].append(i)
-        else:
-            made.append([i])
-            pairs = 0
-        pairs += sizes[i] ** 2
-    return made
+    return packed(_sizes(stage, payloads), most, mixed=mixed)
 
 
 def _takes_any_size(model: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from kernels.diffusion.checkpoint import Model
+from kernels.diffusion.sizes import packed
 from kernels.errors import KernelError, ResourceError
 
 Result = TypeVar("Result")
@@ -44,19 +45,7 @@ def in_batches(
     """
     results: dict[int, Result | KernelError] = {}
     most = _most_pairs(model, memory_limit, batch_pairs)
-    waiting: list[list[int]] = []
-    pairs = 0
-    # By size, so that molecules of like size share a batch even where they need not.
-    for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
-        mine = sizes[index] ** 2
-        fits = bool(waiting) and (mixed or sizes[waiting[-1][0]] == sizes[index])
-        if fits and pairs + mine <= most:
-            waiting[-1].append(index)
-            pairs += mine
-        else:
-            waiting.append([index])
-            pairs = mine
-    waiting.reverse()
+    waiting = packed(sizes, most, mixed=mixed)[::-1]
     while waiting:
         batch = waiting.pop()
         try:

@@ -1,8 +1,8 @@
-"""Numbers of atoms of molecules to come, drawn from those that were seen in training."""
+"""Numbers of atoms: drawn for molecules to come, and shared out to batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -33,3 +33,23 @@ def draw_size(histogram: Mapping[int, int], seed: int) -> int:
         raise InputError(f"the model's numbers of atoms {known} are no histogram")
     generator = np.random.Generator(np.random.Philox(key=seed, counter=list(_STREAM)))
     return int(generator.choice(sizes, p=weights / weights.sum()))
+
+
+def packed(sizes: Sequence[int], most_pairs: int, *, mixed: bool) -> list[list[int]]:
+    """Share molecules of ``sizes`` atoms out to batches; return their places, the smallest first.
+
+    A batch holds ``most_pairs`` pairs of atoms at most, or one molecule, and molecules of equal
+    size unless ``mixed``; of like size it holds them in any case.
+    """
+    made: list[list[int]] = []
+    pairs = 0
+    for place in sorted(range(len(sizes)), key=lambda place: sizes[place]):
+        mine = sizes[place] ** 2
+        fits = bool(made) and (mixed or sizes[made[-1][0]] == sizes[place])
+        if fits and pairs + mine <= most_pairs:
+            made[-1].append(place)
+            pairs += mine
+        else:
+            made.append([place])
+            pairs = mine
+    return made
