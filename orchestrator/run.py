@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import ingest, shard
+from orchestrator import block, ingest, shard
 from orchestrator.campaign import Campaign
 from orchestrator.columns import from_records
 from orchestrator.counts import StageCounts
@@ -113,7 +113,16 @@ class Driver:
         *,
         retry_failed: bool = False,
         show: Callable[[Progress], None] = lambda progress: None,
+        max_node_hours: float | None = None,
+        drain_at: float | None = None,
+        forget_nodes: bool = False,
     ) -> None:
+        """Prepare a run; nothing is started.
+
+        ``max_node_hours``: used by all runs of the campaign together, it drains; ``drain_at``
+        (epoch, s): when it drains, by default before the end of a batch job around this process;
+        ``forget_nodes``: take nodes again that were found to be bad.
+        """
         self.campaign = campaign
         self.site = site
         self.plan = Plan(campaign)
@@ -129,6 +138,9 @@ class Driver:
         self.show = show
         self.retry_failed = retry_failed
         self.draining = False
+        self._max_node_hours = max_node_hours
+        self._drain_at = drain_at if drain_at is not None else block.driver_drain_time()
+        self._forget_nodes = forget_nodes
         self._told = False
         self._training: Callable[[TrainJob], Future[TrainReceipt]] | None = None
         self._training_words = ""

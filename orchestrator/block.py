@@ -1,0 +1,165 @@
+"""The batch job that this process runs in: on which node, until when, with which devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from typing import Final
+
+# Said by the batch script, and by the worker pool to its workers.
+START: Final = "BASIN_BLOCK_START"
+WALLTIME: Final = "BASIN_BLOCK_WALLTIME_S"
+END: Final = "BASIN_BLOCK_END"
+DEVICES: Final = "BASIN_BLOCK_DEVICES"
+
+_ASK_LIMIT_S: Final = 20.0
+# Before its end a block stops its running items, which save their state and seal their rows.
+_STOP_S: Final = (15.0, 120.0)
+_STOP_SHARE: Final = 0.12
+# And before that it takes no more bundles, so that it ends by itself.
+_DRAIN_S: Final = 30.0
+_DRAIN_SHARE: Final = 0.25
+_VISIBLE: Final = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def node_name() -> str:
+    """Return the node's name as the scheduler knows it, else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def block_end() -> float | None:
+    """Return when the batch job around this process ends (epoch, s); None outside of one.
+
+    Asks the scheduler once, where nothing in the environment tells.
+    """
+    return _told(END) or _told("SLURM_JOB_END_TIME") or _asked() or _computed()
+
+
+def block_start() -> float | None:
+    """Return when the batch job began (epoch, s), where its script says so."""
+    return _told(START)
+
+
+def _told(name: str) -> float | None:
+    try:
+        return float(os.environ[name])
+    except (KeyError, ValueError):
+        return None
+
+
+def _computed() -> float | None:
+    start, walltime = _told(START), _told(WALLTIME)
+    return start + walltime if start and walltime else None
+
+
+def _asked() -> float | None:
+    # On each of a block's many nodes at once, a question would be a storm of questions.
+    if os.environ.get("SLURM_NODEID", "0") != "0" and _computed():
+        return None
+    if job := os.environ.get("SLURM_JOB_ID"):
+        left = _seconds(_answer(["squeue", "--noheader", "--jobs", job, "--format", "%L"]))
+        return None if left is None else time.time() + left
+    if job := os.environ.get("PBS_JOBID"):
+        return _pbs_end(_answer(["qstat", "-f", "-F", "json", job]))
+    return None
+
+
+def _answer(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ASK_LIMIT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _seconds(text: str) -> float | None:
+    """Return the seconds of D-HH:MM:SS, HH:MM:SS or MM:SS; None where it is none of them."""
+    days, _, clock = text.rpartition("-")
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        total = int(days or 0) * 86400.0
+    except ValueError:
+        return None
+    if not 2 <= len(parts) <= 3:
+        return None
+    for part, unit in zip(reversed(parts), (1, 60, 3600), strict=False):
+        total += part * unit
+    return total
+
+
+def _pbs_end(text: str) -> float | None:
+    try:
+        (job,) = json.loads(text)["Jobs"].values()
+        walltime = _seconds(job["Resource_List"]["walltime"])
+        start = time.mktime(time.strptime(job["stime"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return None if walltime is None else start + walltime
+
+
+def stop_margin(walltime_s: float) -> float:
+    """Return how long (s) before a block's end its running items are told to stop."""
+    low, high = _STOP_S
+    return min(max(low, min(high, 0.02 * walltime_s)), _STOP_SHARE * walltime_s)
+
+
+def drain_margin(walltime_s: float, bundle_time_s: float) -> float:
+    """Return how long (s) before its end a block takes no more bundles."""
+    wanted = stop_margin(walltime_s) + max(_DRAIN_S, 1.5 * bundle_time_s)
+    return min(wanted, _DRAIN_SHARE * walltime_s)
+
+
+def stop_time() -> float | None:
+    """Return when the running items of this block are to stop (epoch, s); None for never."""
+    end = _told(END)
+    return None if end is None else end - stop_margin(whole_walltime(end))
+
+
+def cut_time() -> float | None:
+    """Return when what did not stop by itself is broken off (epoch, s); None for never."""
+    end = _told(END)
+    return None if end is None else end - stop_margin(whole_walltime(end)) / 2
+
+
+def driver_drain_time() -> float | None:
+    """Return when a driver in a batch job has to drain (epoch, s); None outside of one."""
+    end = block_end()
+    return None if end is None else end - drain_margin(whole_walltime(end), 0.0)
+
+
+def whole_walltime(end: float) -> float:
+    """Return the length (s) of a block that ends then; what is left of it, where not known."""
+    start = block_start()
+    return end - start if start and start < end else max(end - time.time(), 1.0)
+
+
+def own_devices(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the device variables of a worker, numbered as its batch job numbers the devices.
+
+    Parsl counts a worker's device from 0; a scheduler that gives a job the third device of a
+    node, and does not hide the others, says so in a list that Parsl overwrites.
+    """
+    found: dict[str, str] = {}
+    given = dict(part.split("=", 1) for part in environment.get(DEVICES, "").split() if part)
+    for name in _VISIBLE:
+        devices = given.get(name, "").split(",")
+        mine = environment.get(name, "")
+        if devices != [""] and mine.isdecimal() and int(mine) < len(devices):
+            found[name] = devices[int(mine)]
+    return found
+
+
+def given_devices(environment: Mapping[str, str]) -> str:
+    """Return what `own_devices` wants to know of a batch job's own environment."""
+    return " ".join(f"{name}={environment[name]}" for name in _VISIBLE if environment.get(name))
