@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.cluster.slurm_cluster import SlurmCluster
 
 # Before any numerical library is loaded: one thread per process, as in production.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,3 +64,34 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}; set BASIN_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    from tests.cluster.slurm_cluster import SlurmCluster, missing
+
+    if reason := missing():
+        engine_missing("slurm", reason)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+
+
+@pytest.fixture
+def slurm_cluster(
+    _cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SlurmCluster]:
+    """Return a real SLURM of three nodes, all idle, that SLURM's commands speak to meanwhile.
+
+    Nothing of a test is left to the next one: jobs are cancelled, their processes killed, nodes
+    and scheduler brought back.
+    """
+    monkeypatch.setenv("SLURM_CONF", str(_cluster.conf))
+    _cluster.mend()
+    try:
+        yield _cluster
+    finally:
+        _cluster.mend()
