@@ -6,8 +6,9 @@ canonical isomeric SMILES. Every geometry of a molecule follows it, whatever fil
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -73,11 +74,13 @@ def parse_smiles(text: str) -> Molecule:
     if "\0" in smiles:
         raise InputError("SMILES contains a NUL character; the file is not text")
     mol = _mol_from_smiles(smiles)
-    for atom in mol.GetAtoms():
-        atom.SetAtomMapNum(0)
-    _refuse_dummies(mol, f"SMILES {_short(smiles)!r}")
-    canonical, _ = _canonical_smiles(mol)
-    return _molecule(canonical)
+    if ":" in smiles:
+        for atom in mol.GetAtoms():
+            atom.SetAtomMapNum(0)
+    canonical, mol = _settled(smiles, mol)
+    if "*" in canonical:
+        _refuse_dummies(_mol_from_smiles(smiles), f"SMILES {_short(smiles)!r}")
+    return _molecule(canonical, mol)
 
 
 def from_rdkit(mol: Chem.Mol) -> tuple[Molecule, NDArray[np.float64]]:
@@ -143,7 +146,7 @@ def from_geometry(
         raise InputError(f"atomic number {bad} is not an element; give 1 to {_HEAVIEST_ELEMENT}")
     z = z.astype(np.uint8)
     if multiplicity is None:
-        multiplicity = _lowest_multiplicity(z, charge, 0)
+        multiplicity = _lowest_multiplicity(int(z.sum(dtype=np.int64)) - charge, 0)
     check_spin(z, charge, multiplicity)
     perceived = _perceive(z, xyz, charge)
     if perceived is not None:
@@ -159,7 +162,7 @@ def from_geometry(
             ),
             ordered,
         )
-    bare = Molecule("", z, charge, multiplicity, _hill(z), int((z > 1).sum()))
+    bare = Molecule("", z, charge, multiplicity, _hill(z.tolist()), int((z > 1).sum()))
     return bare, xyz.copy()
 
 
@@ -234,38 +237,76 @@ def _mol_from_smiles(smiles: str) -> Chem.Mol:
     return mol
 
 
-def _molecule(canonical: str) -> Molecule:
-    mol = rdkit_molecule(canonical)
-    numbers = _numbers(mol)
-    charge = sum(atom.GetFormalCharge() for atom in mol.GetAtoms())
-    radicals = sum(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms())
-    if int(numbers.sum(dtype=np.int64)) < charge:
+def _molecule(canonical: str, mol: Chem.Mol) -> Molecule:
+    """Describe the molecule of a canonical SMILES, parsed with or without explicit hydrogens."""
+    from rdkit import Chem
+
+    numbers = _numbers(canonical, mol)
+    charge = Chem.GetFormalCharge(mol)
+    radicals = 0
+    if "[" in canonical:  # outside of brackets hydrogens fill every valence
+        radicals = sum(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms())
+    if sum(numbers) < charge:
         raise InputError(
             f"SMILES {_short(canonical)!r}: charge {charge:+d} exceeds its electrons; "
             "correct the charge"
         )
+    # Made of bytes it is read-only: a change in one place must not reach others that share it.
+    shared = np.frombuffer(bytes(numbers), np.uint8)
     return Molecule(
         smiles=canonical,
-        numbers=numbers,
+        numbers=shared,
         charge=charge,
-        multiplicity=_lowest_multiplicity(numbers, charge, radicals),
+        multiplicity=_lowest_multiplicity(sum(numbers) - charge, radicals),
         formula=_hill(numbers),
-        n_heavy=int((numbers > 1).sum()),
+        n_heavy=len(numbers) - numbers.count(1),
     )
 
 
-def _numbers(mol: Chem.Mol) -> NDArray[np.uint8]:
-    numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()], dtype=np.uint8)
-    # Shared by everything made from this molecule; a change in one place must not reach others.
-    numbers.flags.writeable = False
-    return numbers
+_ATOM = re.compile(r"\[\d*([A-Z][a-z]?|[a-z]{1,2})[^\]]*\]|(Br|Cl|[BCNOFPSIbcnops])")
 
 
-def _lowest_multiplicity(numbers: NDArray[np.uint8], charge: int, radicals: int) -> int:
-    electrons = int(numbers.sum(dtype=np.int64)) - charge
+def _numbers(canonical: str, mol: Chem.Mol) -> list[int]:
+    """Atomic numbers in the order of a canonical SMILES, implicit hydrogens last."""
+    explicit: int = mol.GetNumAtoms()
+    symbols = _symbols()
+    # Read from the text, since asking every atom takes as long as parsing the molecule does.
+    found = [symbols.get((a or b).capitalize(), 0) for a, b in _ATOM.findall(canonical)]
+    if len(found) != explicit or 0 in found:
+        found = [atom.GetAtomicNum() for atom in mol.GetAtoms()]
+    return found + [1] * (mol.GetNumAtoms(onlyExplicit=False) - explicit)
+
+
+@lru_cache(maxsize=1)
+def _symbols() -> dict[str, int]:
+    """Atomic numbers by element symbol."""
+    from rdkit import Chem
+
+    table = Chem.GetPeriodicTable()
+    return {table.GetElementSymbol(number): number for number in range(1, _HEAVIEST_ELEMENT + 1)}
+
+
+def _lowest_multiplicity(electrons: int, radicals: int) -> int:
     if radicals and (electrons - radicals) % 2 == 0 and radicals <= electrons:
         return radicals + 1
     return 1 if electrons % 2 == 0 else 2
+
+
+def _settled(smiles: str, mol: Chem.Mol) -> tuple[str, Chem.Mol]:
+    """Return the settled canonical SMILES of a molecule parsed from ``smiles``, and its parse."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        canonical = Chem.MolToSmiles(mol)
+        for _ in range(_CANONICAL_ROUNDS):
+            if canonical == smiles:
+                break
+            smiles = canonical
+            mol = _mol_from_smiles(smiles)
+            canonical = Chem.MolToSmiles(mol)
+        else:
+            mol = _mol_from_smiles(canonical)
+    return canonical, mol
 
 
 def _canonical_smiles(mol: Chem.Mol) -> tuple[str, list[int]]:
@@ -314,7 +355,7 @@ def _in_canonical_order(full: Chem.Mol) -> tuple[Molecule, NDArray[np.float64]]:
         permutation = list(full.GetSubstructMatch(reference, useChirality=True))
         if not _same_graph(reference, full, permutation):
             raise ValueError(f"its atoms do not match those of its SMILES {smiles!r}")
-    return _molecule(smiles), xyz[permutation]
+    return _molecule(smiles, reference), xyz[permutation]
 
 
 def _same_graph(reference: Chem.Mol, mol: Chem.Mol, permutation: list[int]) -> bool:
@@ -417,11 +458,9 @@ def _refuse_dummies(mol: Chem.Mol, what: str) -> None:
             )
 
 
-def _hill(numbers: NDArray[np.uint8]) -> str:
-    from rdkit import Chem
-
-    table = Chem.GetPeriodicTable()
-    counts = Counter(table.GetElementSymbol(int(number)) for number in numbers)
+def _hill(numbers: Sequence[int]) -> str:
+    names = list(_symbols())
+    counts = {names[number - 1]: n for number, n in Counter(numbers).items()}
     first = [symbol for symbol in ("C", "H") if symbol in counts] if "C" in counts else []
     symbols = first + sorted(symbol for symbol in counts if symbol not in first)
     return "".join(f"{symbol}{counts[symbol] if counts[symbol] > 1 else ''}" for symbol in symbols)

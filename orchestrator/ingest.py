@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator import shard
-from orchestrator.columns import Rows, from_records, key_words
+from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError
 from orchestrator.key_index import KeyIndex
 from orchestrator.plan import NO_KEY, Plan, Root
@@ -233,9 +233,21 @@ class Reader:
         geometries: list[dict[str, Any]] = []
         tasks: list[dict[str, Any]] = []
         here: set[bytes] = set()
+        good = [
+            (entry, entry.molecule, molecule_key(entry.molecule, entry.name))
+            for entry in entries
+            if entry.molecule is not None and not unfit(entry, self.with_geometries)
+        ]
+        new = self.seen.add_all(key_array([key for _, _, key in good])).tolist()
+        starts: list[dict[str, Any]] = []
+        if self.with_geometries:
+            starts = [_file_geometry_record(*one) for one in good]
+            geometry_new = self.seen.add_all(key_array([s["key"] for s in starts])).tolist()
+        else:
+            geometry_new = [False] * len(good)
+        row = 0
         for entry in entries:
-            molecule = entry.molecule
-            if molecule is None:
+            if entry.molecule is None:
                 assert entry.error is not None
                 shown = f"{entry.error} [{entry.text}]" if entry.text else str(entry.error)
                 tasks.append(_entry_record(entry, "input", shown, NO_KEY))
@@ -243,21 +255,17 @@ class Reader:
             if problem := unfit(entry, self.with_geometries):
                 tasks.append(_entry_record(entry, "input", problem, NO_KEY))
                 continue
-            key = molecule_key(molecule, entry.name)
-            new = self.seen.add(*key_words(key))
-            geometry_new = False
-            if self.with_geometries and entry.positions is not None:
-                record = _file_geometry_record(entry, molecule, key)
-                geometry_new = self.seen.add(*key_words(record["key"]))
-                if geometry_new:
-                    geometries.append(record)
+            _, molecule, key = good[row]
+            if geometry_new[row]:
+                geometries.append(starts[row])
             # A chunk is read by itself, so it repeats the molecule of every geometry it holds.
-            if (new or geometry_new) and key not in here:
+            if (new[row] or geometry_new[row]) and key not in here:
                 here.add(key)
                 molecules.append(_molecule_record(entry, molecule, key))
-            if not new and not geometry_new:
+            if not new[row] and not geometry_new[row]:
                 message = f"same molecule as an earlier entry: {molecule.smiles}"
                 tasks.append(_entry_record(entry, "ok", message, key))
+            row += 1
         made = {"molecules": molecules, "geometries": geometries, "tasks": tasks}
         return [from_records(name, records) for name, records in made.items() if records]
 
@@ -273,6 +281,7 @@ def batches(entries: Iterator[Entry], start: int) -> Iterator[list[Entry]]:
 def ingest(campaign: Campaign, store: Store, digest: str) -> None:
     """Read the campaign's molecule files from where the last reading stopped."""
     from orchestrator.molecules import find_files, read_entries
+    from orchestrator.reading import Reading, processes
 
     folder = plan_folder(store, digest)
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,18 +297,21 @@ def ingest(campaign: Campaign, store: Store, digest: str) -> None:
     files = find_files(campaign.molecules, campaign.path.parent)
     inbox = store.path / "inbox" / f"plan-{digest[:16]}"
     inbox.mkdir(exist_ok=True)
-    for batch in batches(read_entries(files, campaign.molecules, skip=start), start):
-        rows = reader.rows(batch)
-        stop = start + len(batch)
-        if rows:
-            shard.seal(inbox, f"{start:012d}-{stop:012d}", rows, store.name)
-        by_table = {part.schema.name: part for part in rows}
-        origin = by_table.get("geometries" if reader.with_geometries else "molecules")
-        tasks = by_table.get("tasks")
-        n_roots = len(origin) if origin is not None else 0
-        n_bad = int(tasks["status"].equals("input").sum()) if tasks is not None else 0
-        shard.seal(folder, f"{start:012d}-{stop:012d}-{n_roots}-{n_bad}", rows, store.name)
-        start = stop
+    # Where workers compute on the same cores, they come first; where they wait for more to do,
+    # the reading has the cores to itself.
+    with Reading(processes(), yielding=True) as reading:
+        entries = read_entries(files, campaign.molecules, skip=start, understand=reading.entries)
+        for batch in batches(entries, start):
+            rows = reader.rows(batch)
+            stop = start + len(batch)
+            if rows:
+                shard.seal(inbox, f"{start:012d}-{stop:012d}", rows, store.name)
+            tables = {part.schema.name: part for part in rows}
+            tasks = tables.get("tasks")
+            n_roots = len(tables.get("geometries" if reader.with_geometries else "molecules", ()))
+            n_bad = int(tasks["status"].equals("input").sum()) if tasks is not None else 0
+            shard.seal(folder, f"{start:012d}-{stop:012d}-{n_roots}-{n_bad}", rows, store.name)
+            start = stop
     shard.write_whole(folder / "complete", str(start).encode())
 
 

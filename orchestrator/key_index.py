@@ -50,6 +50,18 @@ class KeyIndex:
             self._flush()
         return True
 
+    def add_all(self, keys: NDArray[np.uint64], code: int = 0) -> NDArray[np.bool_]:
+        """Add keys (K, 2) one after the other; tell (K,) which of them were not there."""
+        known = (self._find(keys) != ABSENT).tolist()
+        fresh = np.zeros(len(keys), bool)
+        for row, (hi, lo) in enumerate(keys.tolist()):
+            if not known[row] and (hi, lo) not in self._new:
+                self._new[hi, lo] = code
+                fresh[row] = True
+        if len(self._new) >= _BUFFER:
+            self._flush()
+        return fresh
+
     def _flush(self) -> None:
         if self._new:
             new = np.array(list(self._new), np.uint64)

@@ -68,6 +68,34 @@ class Entry:
     error: KernelError | None
 
 
+@dataclass(slots=True)
+class Record:
+    """One record as it stands in its file, told from its neighbours but not yet understood.
+
+    Can be sent to another process. `read` makes the molecule of it, or raises KernelError.
+    """
+
+    source: str
+    line: int
+    text: str
+    name: str
+    read: Callable[[], Read]
+
+    def entry(self) -> Entry:
+        """Understand it: a molecule or an error."""
+        molecule: Molecule | None = None
+        positions: NDArray[np.float64] | None = None
+        error: KernelError | None = None
+        try:
+            molecule, positions = self.read()
+        except KernelError as failure:
+            error = failure
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as failure:
+            # What RDKit's bindings raise when an invariant of theirs breaks on odd input.
+            error = InputError(f"cannot be read: {' '.join(str(failure).split())[:_TEXT_KEPT]}")
+        return Entry(self.source, self.line, self.text, self.name, molecule, positions, error)
+
+
 # Files
 
 
@@ -153,34 +181,45 @@ def sources_digest(files: Sequence[Path], source: MoleculeSource) -> str:
     return digest.hexdigest()
 
 
-@dataclass(slots=True)
-class _Skip:
-    """How many records are still to be passed over without looking at what they hold."""
-
-    left: int
+def _one_by_one(records: Iterator[Record]) -> Iterator[Entry]:
+    return (record.entry() for record in records)
 
 
-def read_entries(files: Sequence[Path], source: MoleculeSource, skip: int = 0) -> Iterator[Entry]:
+def read_entries(
+    files: Sequence[Path],
+    source: MoleculeSource,
+    skip: int = 0,
+    *,
+    understand: Callable[[Iterator[Record]], Iterator[Entry]] = _one_by_one,
+) -> Iterator[Entry]:
     """Every record of every file in order, up to the source's limit, in constant memory.
 
     The first ``skip`` records are passed over (they count towards the limit), which is quick.
+    ``understand`` makes entries of records, in their order; `reading` has one for many cores.
     What would make a whole file useless (unreadable, no such column, UTF-16) raises
     CampaignError at once, before the first record; after that nothing stops the stream.
     Without files: as many records as the source asks for samples, of which nothing is known yet.
     """
     if source.samples is not None:
         return map(_sample, range(skip, source.samples))
+    records = read_records(files, source)
+    if is_picky(source):
+        # Which records belong to a part is known only once they are understood.
+        wanted = (entry for entry in understand(records) if _wanted(entry, source))
+        return itertools.islice(itertools.islice(wanted, 0, None, source.every), skip, source.limit)
+    return understand(itertools.islice(records, skip, source.limit))
+
+
+def is_picky(source: MoleculeSource) -> bool:
+    """Whether only some of the records are taken, by what they hold."""
+    return source.split is not None or bool(source.elements) or source.every > 1
+
+
+def read_records(files: Sequence[Path], source: MoleculeSource) -> Iterator[Record]:
+    """Every record of every file in order, not yet understood; raises like `read_entries`."""
     for path in files:
         _check_file(path, source)
-    unread = _Skip(skip)
-    read = (_read_file(path, source, unread) for path in files)
-    entries: Iterator[Entry] = itertools.chain.from_iterable(read)
-    if source.split is not None or source.elements or source.every > 1:
-        # Which records belong to a part is known only from their names: none is passed over.
-        unread.left = 0
-        entries = (entry for entry in entries if _wanted(entry, source))
-        entries = itertools.islice(entries, 0, None, source.every)
-    return itertools.islice(entries, skip, source.limit)
+    return itertools.chain.from_iterable(_read_file(path, source) for path in files)
 
 
 def _sample(number: int) -> Entry:
@@ -234,12 +273,11 @@ def _check_file(path: Path, source: MoleculeSource) -> None:
             _csv_columns(first, path, source)
 
 
-def _read_file(path: Path, source: MoleculeSource, unread: _Skip) -> Iterator[Entry]:
+def _read_file(path: Path, source: MoleculeSource) -> Iterator[Record]:
     if file_format(path.name) == ".npz":
-        yield from _read_archive(path, source, unread)
+        yield from _read_archive(path, source)
         return
     with _Lines(path) as lines:
-        lines.unread = unread
         match file_format(path.name):
             case ".smi":
                 yield from _read_smi(lines)
@@ -263,7 +301,6 @@ class _Lines:
         self.number = 0  # of the line given last, from 1
         self.damage = ""  # why the file ends too early, if it does
         self.is_utf16 = False
-        self.unread = _Skip(0)
         self._returned: list[str] = []
         try:
             gzipped = path.name.lower().endswith(".gz")
@@ -315,39 +352,20 @@ class _Lines:
         return line
 
 
-def _entry(lines: _Lines, number: int, text: str, name: str, read: Callable[[], Read]) -> Entry:
-    """The entry that a record gives, be it a molecule or an error."""
-    return _record(lines.path, lines.unread, number, text, name, read)
-
-
-def _record(
-    path: Path, unread: _Skip, number: int, text: str, name: str, read: Callable[[], Read]
-) -> Entry:
-    if unread.left:
-        unread.left -= 1
-        return Entry(str(path), number, "", "", None, None, None)
-    molecule: Molecule | None = None
-    positions: NDArray[np.float64] | None = None
-    error: KernelError | None = None
-    try:
-        molecule, positions = read()
-    except KernelError as failure:
-        error = failure
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as failure:
-        # What RDKit's bindings raise when an invariant of theirs breaks on odd input.
-        error = InputError(f"cannot be read: {' '.join(str(failure).split())[:_TEXT_KEPT]}")
+def _record(path: Path, number: int, text: str, name: str, read: Callable[[], Read]) -> Record:
     kept_name = name if name.isprintable() else "".join(filter(str.isprintable, name))
-    return Entry(str(path), number, text[:_TEXT_KEPT], kept_name, molecule, positions, error)
+    return Record(str(path), number, text[:_TEXT_KEPT], kept_name, read)
 
 
-def _failure(lines: _Lines, number: int, text: str, name: str, message: str) -> Entry:
-    def refuse() -> Read:
-        raise InputError(message)
-
-    return _entry(lines, number, text, name, refuse)
+def _refuse(message: str) -> Read:
+    raise InputError(message)
 
 
-def _damage(lines: _Lines, number: int) -> Iterator[Entry]:
+def _failure(lines: _Lines, number: int, text: str, name: str, message: str) -> Record:
+    return _record(lines.path, number, text, name, partial(_refuse, message))
+
+
+def _damage(lines: _Lines, number: int) -> Iterator[Record]:
     if lines.damage:
         yield _failure(lines, number, "", "", f"{lines.damage}; get a sound copy of the file")
 
@@ -367,7 +385,7 @@ def _from_smiles(smiles: str) -> Read:
 # SMILES lists: SMILES, blanks, name
 
 
-def _read_smi(lines: _Lines) -> Iterator[Entry]:
+def _read_smi(lines: _Lines) -> Iterator[Record]:
     first = True
     while (line := lines.read()) is not None:
         words = line.split(None, 1)
@@ -382,7 +400,7 @@ def _read_smi(lines: _Lines) -> Iterator[Entry]:
             message = "has a CXSMILES extension |...|, which is not read; write plain SMILES"
             yield _failure(lines, lines.number, line, "", message)
         else:
-            yield _entry(lines, lines.number, line, name, partial(_from_smiles, smiles))
+            yield _record(lines.path, lines.number, line, name, partial(_from_smiles, smiles))
     yield from _damage(lines, lines.number + 1)
 
 
@@ -431,7 +449,7 @@ def _no_column(path: Path, setting: str, wanted: str, header: str) -> CampaignEr
     )
 
 
-def _read_csv(lines: _Lines, source: MoleculeSource) -> Iterator[Entry]:
+def _read_csv(lines: _Lines, source: MoleculeSource) -> Iterator[Record]:
     delimiter, smiles_at, name_at = _csv_columns(lines.read(), lines.path, source)
     while (line := lines.read()) is not None:
         number = lines.number
@@ -454,7 +472,7 @@ def _read_csv(lines: _Lines, source: MoleculeSource) -> Iterator[Entry]:
             yield _failure(lines, number, line, name, message)
             continue
         smiles = cells[smiles_at].strip()
-        yield _entry(lines, number, line, name, partial(_from_smiles, smiles))
+        yield _record(lines.path, number, line, name, partial(_from_smiles, smiles))
     yield from _damage(lines, lines.number + 1)
 
 
@@ -486,7 +504,7 @@ def _quoted_cells(line: str, lines: _Lines, delimiter: str) -> tuple[str, list[s
 # SD files: records end with $$$$
 
 
-def _read_sdf(lines: _Lines) -> Iterator[Entry]:
+def _read_sdf(lines: _Lines) -> Iterator[Record]:
     for number in itertools.count(1):
         record: list[str] = []
         size = 0
@@ -507,7 +525,7 @@ def _read_sdf(lines: _Lines) -> Iterator[Entry]:
         elif line is None and lines.damage:
             yield from _damage(lines, number)
         else:
-            yield _entry(lines, number, text, name, partial(_from_mol_block, text))
+            yield _record(lines.path, number, text, name, partial(_from_mol_block, text))
         if line is None:
             return
 
@@ -556,7 +574,7 @@ class _Frame:
     atoms: list[list[str]]
 
 
-def _read_xyz(lines: _Lines, source: MoleculeSource) -> Iterator[Entry]:
+def _read_xyz(lines: _Lines, source: MoleculeSource) -> Iterator[Record]:
     number = 0
     while (line := lines.read()) is not None:
         if not line.strip():
@@ -571,8 +589,8 @@ def _read_xyz(lines: _Lines, source: MoleculeSource) -> Iterator[Entry]:
             continue
         fields = _comment_fields(frame.comment)
         name = fields.get("name", "" if fields else frame.comment.strip())
-        yield _entry(
-            lines, number, "\n".join(kept), name, partial(_from_frame, frame, fields, source)
+        yield _record(
+            lines.path, number, "\n".join(kept), name, partial(_from_frame, frame, fields, source)
         )
     yield from _damage(lines, number + 1)
 
@@ -827,29 +845,30 @@ def _archive_name(arrays: dict[str, NDArray[Any]], row: int) -> str:
     return given if label == "name" else f"{label.removesuffix('_id')} {given}".strip()
 
 
-def _read_archive(path: Path, source: MoleculeSource, unread: _Skip) -> Iterator[Entry]:
+def _read_archive(path: Path, source: MoleculeSource) -> Iterator[Record]:
     arrays = _open_archive(path)
     for row in range(len(arrays["numbers"])):
         name = _archive_name(arrays, row)
-        read = partial(_from_archive, arrays, row, source)
         if source.split is not None and split_of(name) != source.split:
             continue  # before the perception of its bonds, which takes a while
-        yield _record(path, unread, row + 1, name, name, read)
+        one = {label: array[row : row + 1] for label, array in arrays.items()}
+        yield _record(path, row + 1, name, name, partial(_from_archive, one, source))
 
 
-def _from_archive(arrays: dict[str, NDArray[Any]], row: int, source: MoleculeSource) -> Read:
+def _from_archive(arrays: dict[str, NDArray[Any]], source: MoleculeSource) -> Read:
+    """The molecule of an archive of one record."""
     import numpy as np
 
     from kernels.graph import from_geometry
 
-    numbers = _archive_numbers(arrays, row)
-    charge = int(arrays["charge"][row]) if "charge" in arrays else source.charge
+    numbers = _archive_numbers(arrays, 0)
+    charge = int(arrays["charge"][0]) if "charge" in arrays else source.charge
     multiplicity = (
-        int(arrays["multiplicity"][row]) if "multiplicity" in arrays else source.multiplicity
+        int(arrays["multiplicity"][0]) if "multiplicity" in arrays else source.multiplicity
     )
     return from_geometry(
         numbers,
-        arrays["positions"][row, : len(numbers)].astype(np.float64),
+        arrays["positions"][0, : len(numbers)].astype(np.float64),
         charge=charge,
         multiplicity=multiplicity,
     )
