@@ -1,4 +1,4 @@
-"""Loading a site: from its name in `site_configs`, or from a user's own Python file."""
+"""Loading a site: by its name in `site_configs`, or from a user's own TOML or Python file."""
 
 from __future__ import annotations
 
@@ -21,20 +21,58 @@ from orchestrator.errors import SiteError
 if TYPE_CHECKING:
     from parsl.config import Config
 
+    from site_configs.support.settings import DriverJob, PoolSettings, SiteSettings
 
 _POOL_COMMAND = "process_worker_pool.py "
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A machine to run on: its name and its Parsl configuration."""
+    """A machine to run on: its name, its Parsl configuration, and what that was made from.
+
+    ``settings`` is None where a Python file gives the configuration.
+    """
 
     name: str
     config: Config
+    settings: SiteSettings | None = None
 
     def pools(self) -> dict[str, int]:
         """Return the site's pools with the number of workers that each can have at most."""
         return {e.label: _workers(e) for e in self.config.executors}
+
+    def workers_per_node(self) -> dict[str, int]:
+        """Return, by pool, the workers on each node."""
+        return {e.label: _workers_per_node(e) for e in self.config.executors}
+
+    def nodes(self) -> dict[str, int]:
+        """Return, by pool, the nodes that it can have at most."""
+        return {e.label: _nodes(e) for e in self.config.executors}
+
+    def walltime_s(self) -> dict[str, float | None]:
+        """Return, by pool, the walltime of a block; None where it has none."""
+        return {e.label: _walltime_s(e) for e in self.config.executors}
+
+    def resource_specification(self, pool: str) -> dict[str, int]:
+        """Return what each task of the pool asks of its executor; empty for plain workers."""
+        executors: list[Any] = list(self.config.executors)
+        found = [e for e in executors if e.label == pool]
+        return dict(getattr(found[0], "resource_specification", {})) if found else {}
+
+    @property
+    def scheduler(self) -> str | None:
+        """The batch system, "slurm" or "pbs"; None where there is none, or none is known."""
+        return self.settings.scheduler if self.settings is not None else None
+
+    @property
+    def driver(self) -> DriverJob | None:
+        """The batch job for the driver; None where there is no batch system."""
+        if self.settings is None:
+            return None
+        from site_configs.support.pools import start_of_job
+
+        driver = self.settings.driver
+        return driver.model_copy(update={"worker_init": start_of_job(driver), "modules": ()})
 
     def require_pools(self, wanted: set[str]) -> None:
         """Raise SiteError where a stage asks for a pool that the site does not have."""
@@ -47,18 +85,44 @@ class Site:
             )
 
 
-def _workers(executor: Any) -> int:
-    provider = executor.provider
+def _workers_per_node(executor: Any) -> int:
     limit = executor.max_workers_per_node
-    per_node = int(executor.workers_per_node if limit == float("inf") else limit)
-    return max(1, per_node * int(provider.nodes_per_block) * max(1, int(provider.max_blocks)))
+    return max(1, int(executor.workers_per_node if limit == float("inf") else limit))
+
+
+def _nodes(executor: Any) -> int:
+    provider = executor.provider
+    return int(provider.nodes_per_block) * max(1, int(provider.max_blocks))
+
+
+def _workers(executor: Any) -> int:
+    if getattr(executor, "enable_mpi_mode", False):
+        # These are so many in each block, whatever its nodes.
+        return _workers_per_node(executor) * max(1, int(executor.provider.max_blocks))
+    return _workers_per_node(executor) * _nodes(executor)
+
+
+def _walltime_s(executor: Any) -> float | None:
+    from site_configs.support.records import seconds_of
+
+    provider = executor.provider
+    if type(provider).__name__ == "LocalProvider":
+        return None
+    known = getattr(provider, "walltime_s", None)
+    if known is not None:
+        return float(known)
+    try:
+        return seconds_of(provider.walltime)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def known_sites() -> list[str]:
     """Return the names of the sites that come with Basin."""
     import site_configs
 
-    return sorted(module.name for module in pkgutil.iter_modules(site_configs.__path__))
+    found = pkgutil.iter_modules(site_configs.__path__)
+    return sorted(module.name for module in found if not module.ispkg)
 
 
 def _module(name: str) -> ModuleType:
@@ -68,7 +132,7 @@ def _module(name: str) -> ModuleType:
     if not path.suffix == ".py":
         raise SiteError(
             f"--site {name}: no such site; known are {', '.join(known_sites())}, or give the "
-            "path of a Python file of your own (ending in .py)"
+            "path of a file of your own: TOML (ending in .toml) or Python (.py)"
         )
     if not path.is_file():
         raise SiteError(f"--site {name}: there is no such file")
@@ -96,13 +160,17 @@ def _broken(path: Path | str, exc: BaseException) -> SiteError:
 def load_site(name: str, *, workers: int | None = None) -> Site:
     """Load a site by name or path.
 
-    The module defines ``config`` (a parsl.Config) or ``make_config()`` returning one; where the
-    latter takes ``workers``, it is given the number that the user asked for.
+    A TOML file is a machine in a few lines (see `site_file`). A Python module defines ``config``
+    (a parsl.Config) or ``make_config()`` returning one; where the latter takes ``workers``, it is
+    given the number that the user asked for.
     Raises SiteError when the site is missing or broken.
     """
     from parsl.config import Config
     from parsl.executors import HighThroughputExecutor
 
+    settings = _settings(name)
+    if settings is not None:
+        return _from_settings(name, settings, workers)
     module = _module(name)
     config = getattr(module, "config", None)
     make = getattr(module, "make_config", None)
@@ -137,11 +205,68 @@ def load_site(name: str, *, workers: int | None = None) -> Site:
                 f"site {name!r}: pool {executor.label!r} is a {type(executor).__name__}; Basin "
                 "runs on a parsl HighThroughputExecutor (or its MPIExecutor)"
             )
-        # Here already, so that `basin plan` prints what will be submitted.
+    return Site(_full_name(name), _with_own_pool(config))
+
+
+def _full_name(name: str) -> str:
+    """The name under which any process finds the site, wherever it was started."""
+    return name if name in known_sites() else str(Path(name).absolute())
+
+
+def _with_own_pool(config: Config) -> Config:
+    """Have Basin's worker pool started; here already, so that `basin plan` prints what will be."""
+    executors: list[Any] = list(config.executors)
+    for executor in executors:
         if executor.launch_cmd.startswith(_POOL_COMMAND):
             arguments = executor.launch_cmd.removeprefix(_POOL_COMMAND)
             executor.launch_cmd = f"python3 -m orchestrator.worker_pool {arguments}"
-    return Site(name, config)
+    return config
+
+
+def _settings(name: str) -> SiteSettings | None:
+    """Settings of a known machine or of a TOML file; None for a site that is a Python program."""
+    from orchestrator.site_file import from_environment, load_site_file
+
+    if name in known_sites():
+        base = getattr(importlib.import_module(f"site_configs.{name}"), "SETTINGS", None)
+        return None if base is None else from_environment(name, base)
+    if Path(name).suffix == ".toml":
+        return load_site_file(Path(name))
+    return None
+
+
+def _from_settings(name: str, settings: SiteSettings, workers: int | None) -> Site:
+    from site_configs.support.pools import make_config
+
+    pools = {}
+    for label, pool in settings.pools.items():
+        if pool.cores_per_node is None:
+            pool = _with_cores(name, settings.scheduler, label, pool)
+        if workers is not None:
+            pool = pool.model_copy(update={"workers_per_node": workers})
+        pools[label] = pool
+    settings = settings.model_copy(update={"pools": pools})
+    return Site(_full_name(name), _with_own_pool(make_config(settings)), settings)
+
+
+def _with_cores(name: str, scheduler: str, label: str, pool: PoolSettings) -> PoolSettings:
+    """The pool with the cores that the scheduler says its nodes have."""
+    from site_configs.support.nodes import pbs_nodes, slurm_nodes
+
+    kind = slurm_nodes(pool) if scheduler == "slurm" else pbs_nodes(pool)
+    if kind is None:
+        program, where = (
+            ("sinfo", pool.partition) if scheduler == "slurm" else ("pbsnodes", pool.queue)
+        )
+        of = f" of {where!r}" if where else ""
+        raise SiteError(
+            f"site {name!r}, pool {label!r}: {program} does not say how many cores a node{of} "
+            "has here; write for example cores_per_node = 64 into the site file, or check the "
+            f"{'partition' if scheduler == 'slurm' else 'queue'}"
+        )
+    return pool.model_copy(
+        update={"cores_per_node": kind.cores, "threads_per_core": kind.threads_per_core}
+    )
 
 
 def prepare(site: Site, run_dir: Path) -> None:

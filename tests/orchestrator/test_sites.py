@@ -88,8 +88,10 @@ def test_a_file_with_make_config(tmp_path: Path) -> None:
     assert "takes no `workers`" in refusal(without, workers=3)
 
 
-def test_the_projects_own_sites_load() -> None:
-    assert "local" in known_sites()
+def test_the_projects_own_sites_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASIN_CORES_PER_NODE", "8")
+    assert {"local", "slurm", "pbs"} <= set(known_sites())
+    assert "support" not in known_sites()
     for name in known_sites():
         assert load_site(name).pools()
 

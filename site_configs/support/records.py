@@ -1,0 +1,82 @@
+"""What a batch system says of one block (one job that carries workers), in a form that lasts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+State: TypeAlias = Literal["pending", "running", "ended"]
+Reason: TypeAlias = Literal[
+    "",  # alive
+    "completed",
+    "walltime",
+    "cancelled",
+    "memory",
+    "node",
+    "preempted",
+    "failed",
+    "unknown",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """The latest that is known of a block; times are seconds since the epoch.
+
+    ``reason`` says why it ended, ``words`` is one sentence for the user (while it waits: why, in
+    the scheduler's words). ``end_s`` is the latest possible end while the block lives.
+    """
+
+    job_id: str
+    pool: str
+    state: State = "pending"
+    reason: Reason = ""
+    words: str = ""
+    nodes: tuple[str, ...] = ()
+    start_s: float | None = None
+    end_s: float | None = None
+    n_nodes: int = 1
+
+
+def clock(seconds: float) -> str:
+    """A walltime in words: "4 h", "1 h 30 min", "20 s"."""
+    whole = round(seconds)
+    parts = [(whole // 3600, "h"), (whole % 3600 // 60, "min"), (whole % 60, "s")]
+    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "0 s"
+
+
+def walltime_text(seconds: float) -> str:
+    """A walltime as batch systems take it: HH:MM:SS."""
+    whole = int(seconds)
+    return f"{whole // 3600:02d}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+def seconds_of(walltime: str) -> float:
+    """Seconds of a walltime that is written HH:MM:SS; raises ValueError."""
+    hours, minutes, seconds = (int(part) for part in walltime.split(":"))
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
+_ENDS: dict[str, str] = {
+    "completed": "ended by itself",
+    "walltime": "reached its walltime",
+    "cancelled": "was cancelled",
+    "memory": "was killed for memory",
+    "node": "was lost with its node",
+    "preempted": "made way for a job of higher priority",
+    "failed": "failed",
+    "unknown": "is no longer known to the scheduler",
+}
+
+
+def in_words(
+    job_id: str, reason: Reason, nodes: tuple[str, ...], walltime_s: float | None, detail: str = ""
+) -> str:
+    """One sentence on how a job ended, such as "job 4711 reached its walltime of 4 h on n1"."""
+    text = f"job {job_id} {_ENDS[reason]}"
+    if reason == "walltime" and walltime_s:
+        text += f" of {clock(walltime_s)}"
+    if nodes:
+        text += f" {nodes[0]}" if reason == "node" else f" on {nodes[0]}"
+        text += f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+    return f"{text} ({detail})" if detail else text
