@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,12 +55,56 @@ StoreOption = Annotated[
     Path | None, typer.Option("--store", help="Store folder instead of the campaign file's.")
 ]
 SiteOption = Annotated[
-    str, typer.Option("--site", help="Machine: a name, or a Python file giving a Parsl config.")
+    str,
+    typer.Option(
+        "--site", envvar="BASIN_SITE", help="Machine: a name, or your own TOML or Python file."
+    ),
+]
+NodeHoursOption = Annotated[
+    float | None,
+    typer.Option("--max-node-hours", min=0.0, help="Use no more of the clusters' nodes than this."),
+]
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Run failed tasks again (bad input excepted).")
+]
+ReportOption = Annotated[
+    bool, typer.Option("--report", help="Write report.html into the store at the end.")
+]
+ForgetOption = Annotated[
+    bool, typer.Option("--forget-nodes", help="Take nodes again that were set aside as bad.")
 ]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Workers on this machine (default: cores).")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What `basin run` was asked for, to be passed on to a driver elsewhere."""
+
+    site: str
+    workers: int | None = None
+    retry_failed: bool = False
+    report: bool = False
+    max_node_hours: float | None = None
+    forget_nodes: bool = False
+
+    def words(self, campaign: Campaign) -> list[str]:
+        """Return the arguments of `basin run` that mean the same in any folder."""
+        path = Path(self.site)
+        site = str(path.absolute()) if path.suffix in (".py", ".toml") else self.site
+        words = [str(campaign.path.absolute()), "--site", site, "--store", str(campaign.store)]
+        if self.workers is not None:
+            words.append(f"--workers={self.workers}")
+        if self.max_node_hours is not None:
+            words.append(f"--max-node-hours={self.max_node_hours:g}")
+        flags = {
+            "--retry-failed": self.retry_failed,
+            "--report": self.report,
+            "--forget-nodes": self.forget_nodes,
+        }
+        return words + [flag for flag, given in flags.items() if given]
 
 
 def _campaign(path: Path, store: Path | None = None) -> Campaign:
@@ -187,30 +231,92 @@ def run(
     store: StoreOption = None,
     site: SiteOption = "local",
     workers: WorkersOption = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run failed tasks again (bad input excepted).")
+    retry_failed: RetryOption = False,
+    report: ReportOption = False,
+    max_node_hours: NodeHoursOption = None,
+    forget_nodes: ForgetOption = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Go on without this terminal; return when it runs.")
     ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Write report.html into the store at the end.")
-    ] = False,
+    chain: Annotated[
+        Path | None,
+        typer.Option(metavar="SCRIPT", help="In a batch job: submit this to go on afterwards."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a campaign or go on with it; the same command resumes.
 
     Ctrl-C finishes the running items and stops; a second Ctrl-C stops at once. Neither loses
-    finished work.
+    finished work. `basin stop` does the same from anywhere.
     """
+    from orchestrator.molecules import find_files
+    from orchestrator.sites import load_site
+
+    campaign = _campaign(file, store)
+    options = _Options(site, workers, retry_failed, report, max_node_hours, forget_nodes)
+    if detach:
+        load_site(site, workers=workers).require_pools(campaign.pools)
+        find_files(campaign.molecules, campaign.path.parent)
+        _detach(campaign, options.words(campaign), as_json)
+    elif chain is not None:
+        from orchestrator.chain import chained
+        from orchestrator.store import Store
+
+        place = Store.create(campaign.store, campaign.name).path
+        with chained(place, chain, max_node_hours, lambda words: print(words, flush=True)) as first:
+            if not first:  # what is to be done once
+                options = replace(options, retry_failed=False, forget_nodes=False)
+            _drive(campaign, options, as_json)
+    else:
+        _drive(campaign, options, as_json)
+
+
+def _detach(campaign: Campaign, words: list[str], as_json: bool) -> None:
+    from orchestrator import lock, progress
+    from orchestrator.detach import detach
+    from orchestrator.store import Store
+
+    store = Store.create(campaign.store, campaign.name).path
+
+    def started() -> bool:
+        last = progress.read(store)
+        return last is not None and last.run_id == lock.who(store).get("run_id")
+
+    driver = detach(store, words, started)
+    if as_json:
+        _print_json({"event": "detached", **asdict(driver), "store": str(store)})
+    elif driver.status is None:
+        print(
+            f"{campaign.name} goes on as process {driver.pid}; you may log out\n"
+            f"log:   {driver.log}\n"
+            f"watch: basin status --watch {store}\n"
+            f"stop:  basin stop {store}"
+        )
+    else:
+        print(driver.log.read_text(), end="", file=sys.stderr if driver.status else sys.stdout)
+    if driver.status:
+        raise typer.Exit(driver.status)
+
+
+def _drive(campaign: Campaign, options: _Options, as_json: bool) -> None:
+    """Drive a campaign in this process; raises typer.Exit where it is not finished."""
     from orchestrator.molecules import find_files
     from orchestrator.run import Driver
     from orchestrator.show import Shower, core_hours, counts_table, duration
     from orchestrator.show import console as make_console
     from orchestrator.sites import load_site
 
-    campaign = _campaign(file, store)
-    loaded = load_site(site, workers=workers)
+    loaded = load_site(options.site, workers=options.workers)
     find_files(campaign.molecules, campaign.path.parent)  # before a store is made for nothing
     with Shower(as_json=as_json) as shower:
-        driver = Driver(campaign, loaded, retry_failed=retry_failed, show=shower)
+        driver = Driver(
+            campaign,
+            loaded,
+            retry_failed=options.retry_failed,
+            show=shower,
+            max_node_hours=options.max_node_hours,
+            forget_nodes=options.forget_nodes,
+        )
         try:
             summary = driver.run()
         except KeyboardInterrupt:
@@ -222,7 +328,7 @@ def run(
     problems = driver.store.snapshot().problems
     page = None
     said: list[str] = []
-    if report:
+    if options.report:
         from orchestrator.report import findings, write_report
         from orchestrator.report_diffusion import gather
         from orchestrator.speedup import saved_line
@@ -275,45 +381,115 @@ def _print_problems(problems: dict[str, str]) -> None:
 
 
 @app.command()
-def status(place: Place, as_json: JsonOption = False) -> None:
+def submit(
+    file: CampaignFile,
+    store: StoreOption = None,
+    site: SiteOption = "local",
+    retry_failed: RetryOption = False,
+    report: ReportOption = False,
+    max_node_hours: NodeHoursOption = None,
+    forget_nodes: ForgetOption = False,
+    partition: Annotated[
+        str | None, typer.Option("--partition", "--queue", help="For the driver's job.")
+    ] = None,
+    account: Annotated[
+        str | None, typer.Option(help="That the driver's job is charged to.")
+    ] = None,
+    walltime: Annotated[
+        str | None, typer.Option(help='Of the driver\'s job, as "12 h"; others follow it.')
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help='Of the driver\'s job, as "8 GB".')] = None,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the batch script; submit nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a campaign with its driver in a batch job, too.
+
+    For clusters that end long processes on login nodes. Where the job ends before the campaign
+    does, a follow-up goes on. Settings of the job come from the site file's [driver].
+    """
+    from orchestrator import submit as batch
+    from orchestrator.molecules import find_files
+    from orchestrator.sites import load_site
+
+    campaign = _campaign(file, store)
+    loaded = load_site(site)
+    wanted = {
+        "partition": partition, "account": account, "walltime": walltime, "memory": memory,
+    }  # fmt: skip
+    job = batch.driver_job(loaded, wanted)
+    loaded.require_pools(campaign.pools)
+    find_files(campaign.molecules, campaign.path.parent)
+    options = _Options(site, None, retry_failed, report, max_node_hours, forget_nodes)
+    words = options.words(campaign)
+    script = batch.render(job, campaign.name, campaign.store, Path.cwd(), words)
+    if show:
+        print(script, end="")
+        return
+    from orchestrator.store import Store
+
+    place = Store.create(campaign.store, campaign.name)
+    place.require_writable()
+    made = batch.submit(place.path, job, script)
+    if as_json:
+        _print_json({"event": "submitted", "job": made, "store": str(place.path)})
+        return
+    print(
+        f"{campaign.name}: driver job {made} submitted; where it ends first, another follows\n"
+        f"script: {place.path / 'control' / batch.SCRIPT}\n"
+        f"log:    {place.path / 'logs'}/driver-{made}.log\n"
+        f"watch:  basin status --watch {place.path}\n"
+        f"stop:   basin stop {place.path}\n"
+        f"(after {job.scheduler.programs[2]} {made} the next job would go on)"
+    )
+
+
+@app.command()
+def stop(
+    place: Place,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for the running items.")] = False,
+    site: SiteOption = "local",
+) -> None:
+    """Stop a run from anywhere, and what waits to go on with it.
+
+    Running items finish and long ones save their state, as after Ctrl-C; batch jobs that a
+    killed driver left behind are cancelled.
+    """
+    from orchestrator.stop import stop as end
+
+    end(_open(place).path, now=now, site=site, say=lambda words: print(words, flush=True))
+
+
+@app.command()
+def status(
+    place: Place,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until it ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say how a campaign stands: done, failed, waiting.
 
     planned = ok + failed + not reached + waiting; not reached are tasks that can never start,
     since an earlier stage failed for their molecule.
     """
-    from orchestrator import lock
-    from orchestrator.status import stand
-    from orchestrator.train_stage import said
+    from orchestrator.watch import look, page
+    from orchestrator.watch import watch as show_on
 
     campaign, store = _campaign_of(place)
-    found = stand(campaign, store)
-    running = lock.is_running(store.path)
+    if watch and not as_json:
+        try:
+            show_on(campaign, store)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        return
+    found = look(campaign, store)
     if as_json:
-        _print_json({"running": running, "driver": lock.who(store.path), **asdict(found)})
+        _print_json(found.as_json())
         return
     from orchestrator.show import console as make_console
-    from orchestrator.show import counts_table
 
-    console = make_console()
-    holder = lock.who(store.path)
-    state = "not running"
-    if running:
-        state = f"running (process {holder.get('pid')} on {holder.get('host')})"
-    more = "" if found.plan_complete else " so far"
-    console.print(
-        f"{campaign.name}: {state}; {found.entries:,} entries read{more}, {found.bad_entries:,} "
-        "bad",
-        markup=False,
-    )
-    console.print(counts_table(found.counts))
-    if found.failures:
-        classes = ", ".join(f"{name}: {n:,}" for name, n in sorted(found.failures.items()))
-        console.print(f"failures by class: {classes}", markup=False)
-    _print_problems(found.problems)
-    if training := said(store.path).get("line"):
-        console.print(f"training: {training}", markup=False)
-    if sum(c.waiting for c in found.counts) and not running:
-        console.print(f"`basin run {campaign.path}` goes on with what waits", markup=False)
+    make_console().print(page(found))
+    _print_problems(found.standing.problems)
 
 
 @app.command()
@@ -550,11 +726,17 @@ def train(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    site: Annotated[
+        str | None,
+        typer.Option("--site", envvar="BASIN_SITE", help="Look at this site more closely."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what is installed, and which engines and sites work here."""
     from orchestrator.doctor import examine
 
-    found = examine(Path.cwd())
+    found = examine(Path.cwd(), site)
     broken = any(f.state == "broken" for f in found)
     if as_json:
         _print_json([asdict(f) for f in found])

@@ -11,6 +11,10 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.sites import Site
 
 _ENGINE_LIMIT_S = 120
 
@@ -87,16 +91,103 @@ def _sites() -> list[Finding]:
     from orchestrator.errors import SiteError
     from orchestrator.sites import known_sites, load_site
 
+    try:
+        found = [Finding("site local", "ok", _pools(load_site("local")))]
+    except SiteError as exc:
+        found = [Finding("site local", "broken", str(exc))]
+    others = ", ".join(name for name in known_sites() if name != "local")
+    return [*found, Finding("other sites", "ok", f"{others}; --site looks at one, or at a file")]
+
+
+def _pools(site: Site) -> str:
+    return ", ".join(f"pool {pool}: {n} workers" for pool, n in site.pools().items())
+
+
+def _schedulers() -> list[Finding]:
+    from orchestrator.scheduler import SCHEDULERS
+
     found = []
-    for name in known_sites():
-        try:
-            pools = load_site(name).pools()
-        except SiteError as exc:
-            found.append(Finding(f"site {name}", "broken", str(exc)))
+    for scheduler, what in zip(SCHEDULERS.values(), ("SLURM", "PBS"), strict=True):
+        submits, looks, _ = scheduler.programs
+        if not scheduler.found():
+            detail = f"{', '.join(scheduler.programs)} are not all on PATH"
+            found.append(Finding(what, "missing", detail))
+            continue
+        start = time.monotonic()
+        if problem := scheduler.answers():
+            found.append(Finding(what, "broken", f"{looks}: {problem}"))
         else:
-            detail = ", ".join(f"pool {pool}: {n} workers" for pool, n in pools.items())
-            found.append(Finding(f"site {name}", "ok", detail))
+            took = time.monotonic() - start
+            found.append(Finding(what, "ok", f"{submits} is here, {looks} answers in {took:.1f} s"))
     return found
+
+
+def _site(name: str, folder: Path) -> list[Finding]:
+    """Look at a site: its file, what its scheduler thinks of its jobs, where they would run."""
+    from orchestrator.errors import BasinError
+    from orchestrator.scheduler import SCHEDULERS
+    from orchestrator.sites import batch_scripts, load_site
+
+    what = f"site {Path(name).name}"
+    try:
+        site = load_site(name)
+        scripts = batch_scripts(site)
+    except BasinError as exc:
+        return [Finding(what, "broken", str(exc))]
+    found = [Finding(what, "ok", _pools(site))]
+    if site.driver is None or site.scheduler is None:
+        return found
+    scheduler = SCHEDULERS[site.scheduler]
+    if not scheduler.found():
+        detail = f"{', '.join(scheduler.programs)} are not all on PATH here; try a login node"
+        return [*found, Finding(f"{what}: scheduler", "broken", detail)]
+    for pool, script in scripts.items():
+        opinion = scheduler.opinion(script)
+        if opinion is not None:
+            state = "ok" if opinion.accepts else "broken"
+            found.append(Finding(f"{what}: {pool}", state, opinion.words))
+    found.append(_environment(what, site.driver.worker_init))
+    kind = _file_system(folder)
+    return [*found, Finding("file system here", "ok", f"{kind}; compute nodes must see it, too")]
+
+
+def _environment(what: str, start_of_job: str) -> Finding:
+    """Start Python as a job would: in a shell that knows nothing of this one."""
+    import subprocess
+
+    kept = {n: os.environ[n] for n in ("HOME", "USER", "LOGNAME", "SHELL") if n in os.environ}
+    program = "import orchestrator.worker_pool, parsl, sys; print(sys.executable)"
+    script = f'{start_of_job}\npython3 -c "{program}"\n'
+    try:
+        done = subprocess.run(
+            ["bash", "-l", "-c", script],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=_ENGINE_LIMIT_S,
+            env={**kept, "PATH": "/usr/local/bin:/usr/bin:/bin"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Finding(f"{what}: workers", "broken", f"no Python within {_ENGINE_LIMIT_S} s")
+    if done.returncode == 0:
+        python = (done.stdout.strip().splitlines() or ["?"])[-1]
+        return Finding(f"{what}: workers", "ok", f"a job's shell finds Basin: {python}")
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    detail = f"a job's shell does not find Basin ({last}); see modules and worker_init in the site"
+    return Finding(f"{what}: workers", "broken", detail)
+
+
+def _file_system(folder: Path) -> str:
+    """Return the kind of file system that a folder is on, and where that is mounted."""
+    best = ("", "unknown")
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, place, kind, *_ = line.split()
+            place = place.replace("\\040", " ")
+            if len(place) >= len(best[0]) and folder.resolve().is_relative_to(place):
+                best = (place, kind)
+    return f"{best[1]} mounted at {best[0]}"
 
 
 def _machine(folder: Path) -> list[Finding]:
@@ -140,8 +231,8 @@ print(f"torch {torch.__version__}, {device}; {names}: C-C of ethanol {length:.3f
 """
 
 
-def examine(folder: Path) -> list[Finding]:
-    """Look at versions, engines, sites, and the file system at ``folder``."""
+def examine(folder: Path, site: str | None = None) -> list[Finding]:
+    """Look at versions, engines, sites (``site`` closely), and the file system at ``folder``."""
     return [
         *_versions(),
         _engine("RDKit (ETKDGv3, MMFF94)", "rdkit", "", _MMFF),
@@ -149,6 +240,8 @@ def examine(folder: Path) -> list[Finding]:
         _engine("xtb-python (GFN2-xTB)", "xtb", "xtb", _WATER.format("xtb-python")),
         _engine("diffusion models", "torch", "", _DIFFUSION),
         _engine("Sella", "sella", "sella", "import sella\nprint('imports')"),
+        *_schedulers(),
         *_sites(),
+        *(_site(site, folder) if site and site != "local" else []),
         *_machine(folder),
     ]

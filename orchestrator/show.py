@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LIVE_EVERY_S = 0.5
 _PLAIN_EVERY_S = 10.0
+# A log that is written for days shall not be all progress.
+_PLAIN_SHARE, _PLAIN_SELDOM_S = 0.02, 300.0
 
 
 def duration(seconds: float | None) -> str:
@@ -166,7 +168,10 @@ class Shower:
 
     def __call__(self, progress: Progress | TrainProgress) -> None:
         now = time.monotonic()
-        if now - self._last < (_LIVE_EVERY_S if self._live is not None else _PLAIN_EVERY_S):
+        every = _LIVE_EVERY_S if self._live is not None else _PLAIN_EVERY_S
+        if self._live is None and not self._json:
+            every = max(every, min(_PLAIN_SHARE * progress.elapsed_s, _PLAIN_SELDOM_S))
+        if now - self._last < every:
             return
         self._last = now
         if self._quiet:

@@ -1,0 +1,184 @@
+"""The cluster's scheduler as a person uses it: submit one script, look at a job, cancel it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from orchestrator.errors import SiteError
+
+_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What a scheduler thinks of a script: whether it would take it, and in words."""
+
+    accepts: bool
+    words: str
+
+
+class Scheduler:
+    """One kind of scheduler; its commands are those on PATH."""
+
+    name: ClassVar[str]
+    job_id: ClassVar[str]  # the variable in which a batch job finds its own id
+    programs: ClassVar[tuple[str, ...]]
+
+    def command(self, script: Path, after: str = "") -> list[str]:
+        """Return the command that submits a script, to start where job ``after`` fails."""
+        raise NotImplementedError
+
+    def submit(self, script: Path, after: str = "") -> str:
+        """Submit a script; return the job's id. Raises SiteError with the scheduler's words."""
+        command = self.command(script, after)
+        done = self._run(command)
+        lines = done.stdout.split()
+        if done.returncode or not lines:
+            words = " ".join((done.stderr or done.stdout).split()) or f"exit {done.returncode}"
+            raise SiteError(f"{command[0]} refused {script}: {words}")
+        return lines[0].split(";")[0]  # sbatch --parsable adds the cluster's name
+
+    def cancel(self, jobs: Iterable[str]) -> list[str]:
+        """Cancel jobs, those among them that are still there; return these."""
+        gone = []
+        for job in jobs:
+            if self.state(job) and self._run([self.programs[2], job]).returncode == 0:
+                gone.append(job)
+        return gone
+
+    def state(self, job: str) -> str:
+        """Return `pending`, `running`, or "" for a job that is over; in doubt it is not over."""
+        raise NotImplementedError
+
+    def answers(self) -> str:
+        """Return what is wrong with the scheduler's answers; "" where nothing is."""
+        raise NotImplementedError
+
+    def opinion(self, script: str) -> Opinion | None:
+        """Ask what would become of a script; None where that cannot be asked."""
+        return None
+
+    def found(self) -> bool:
+        """Tell whether the scheduler's commands are on PATH."""
+        return all(shutil.which(program) for program in self.programs)
+
+    def _run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_LIMIT_S,
+                env=without_job(os.environ),
+                check=False,
+            )
+        except FileNotFoundError as exc:
+            raise SiteError(
+                f"{command[0]} is not on PATH: submit where the scheduler's commands are, usually "
+                "a login node"
+            ) from exc
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(
+                command, 124, "", f"no answer from {command[0]} within {_LIMIT_S:.0f} s"
+            )
+
+
+def without_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what tells of the batch job that it belongs to.
+
+    A job submitted from inside a job inherits it, and a foreign SLURM_MEM_PER_CPU or
+    SLURM_CPUS_PER_TASK breaks `srun` there.
+    """
+    kept = ("SLURM_CONF", "PBS_CONF_FILE", "PBS_SERVER", "PBS_DEFAULT", "PBS_EXEC")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in kept or not name.startswith(("SLURM_", "SLURMD_", "PBS_"))
+    }
+
+
+class Slurm(Scheduler):
+    """SLURM."""
+
+    name = "slurm"
+    job_id = "SLURM_JOB_ID"
+    programs = ("sbatch", "squeue", "scancel")
+
+    def command(self, script: Path, after: str = "") -> list[str]:
+        wait = [f"--dependency=afternotok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+        return ["sbatch", "--parsable", *wait, str(script)]
+
+    def state(self, job: str) -> str:
+        done = self._run(["squeue", "--noheader", "--me", "--format=%i %T"])
+        if done.returncode:
+            return "running"
+        for line in done.stdout.splitlines():
+            number, _, state = line.partition(" ")
+            if number == job:
+                return "pending" if state in ("PENDING", "CONFIGURING") else "running"
+        return ""
+
+    def opinion(self, script: str) -> Opinion:
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(script)
+            file.flush()
+            done = self._run(["sbatch", "--test-only", file.name])
+        text = " ".join((done.stderr or done.stdout).split()).removeprefix("sbatch: ")
+        if done.returncode == 0:
+            # "Job 12 to start at 2026-01-02T03:04:05 using 2 processors on nodes n1 in ..."
+            return Opinion(True, "a block would" + re.sub(r"^Job \S+ to", "", text))
+        return Opinion(False, f"sbatch would refuse a block: {text}")
+
+    def answers(self) -> str:
+        done = self._run(["squeue", "--noheader", "--me"])
+        return " ".join(done.stderr.split()) if done.returncode else ""
+
+
+class Pbs(Scheduler):
+    """PBS Pro and OpenPBS."""
+
+    name = "pbs"
+    job_id = "PBS_JOBID"
+    programs = ("qsub", "qstat", "qdel")
+
+    def command(self, script: Path, after: str = "") -> list[str]:
+        return ["qsub", *(["-W", f"depend=afternotok:{after}"] if after else []), str(script)]
+
+    def state(self, job: str) -> str:
+        # No -x: where the server keeps no history, it would hide the living, too.
+        done = self._run(["qstat", "-f", "-F", "json", job])
+        if "Unknown Job Id" in done.stderr or "has finished" in done.stderr:
+            return ""
+        try:
+            (found,) = json.loads(done.stdout)["Jobs"].values()
+            state = str(found["job_state"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "running"
+        if state in "FX":
+            return ""
+        return "pending" if state in "QHWT" else "running"
+
+    def answers(self) -> str:
+        done = self._run(["qstat"])
+        return " ".join(done.stderr.split()) if done.returncode else ""
+
+
+SCHEDULERS: dict[str, Scheduler] = {"slurm": Slurm(), "pbs": Pbs()}
+
+
+def surrounding() -> tuple[Scheduler, str] | None:
+    """Return the scheduler and the id of the batch job that this process runs in, if any."""
+    for scheduler in SCHEDULERS.values():
+        if job := os.environ.get(scheduler.job_id):
+            return scheduler, job
+    return None
