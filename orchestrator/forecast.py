@@ -1,26 +1,47 @@
-"""What a campaign would cost: tasks, bundles and core-hours, before anything is started."""
+"""What a campaign would cost: tasks, bundles and core-hours, before anything is started.
+
+Every entry of the molecule files is read where there are not too many; where the store has read
+them already, its plan is counted. Of more than that the entries are counted, and the rest is
+estimated from a sample drawn at random over all of them.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator import ingest
 from orchestrator.campaign import Campaign
-from orchestrator.columns import Rows, key_words
+from orchestrator.columns import Rows, key_array
 from orchestrator.errors import StoreError
 from orchestrator.key_index import KeyIndex
-from orchestrator.plan import Plan, Root, standing
+from orchestrator.plan import Plan
 from orchestrator.sites import Site, batch_scripts
 from orchestrator.store import Snapshot, Store
 from orchestrator.stream import MAX_ITEMS, Estimate
+from orchestrator.tally import Tally, tally
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from orchestrator.molecules import Entry, Record
+
+EXACT_ENTRIES = 250_000
+SAMPLE = 50_000
 _SAMPLE_ROWS = 20_000
 _BAD_EXAMPLES = 5
 _BATCH = 4096
+# An idle block is given back after about so long.
+_IDLE_S = 60.0
+_95_PERCENT = 1.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +57,32 @@ class StageForecast:
     core_hours: float
 
 
+@dataclass(frozen=True, slots=True)
+class PoolForecast:
+    """One pool: the nodes, workers and blocks that the rest can use at once, and for how long.
+
+    ``blocks`` counts all that are submitted, one after another where a block's ``walltime_s``
+    (None: no limit) ends first. ``node_hours`` are those of whole nodes, with the minute for which
+    each block of a batch system is idle at its end.
+    """
+
+    pool: str
+    nodes: int
+    workers: int
+    blocks: int
+    walltime_s: float | None
+    node_hours: float
+    wall_s: float
+
+
 @dataclass(slots=True)
 class Forecast:
-    """A campaign's plan in numbers."""
+    """A campaign's plan in numbers.
+
+    ``sampled``: entries that were looked at where not all were, 0 where all were; ``margins`` then
+    holds the half widths of the 95 % intervals of bad, duplicates, molecules and core_hours.
+    ``workers``: what the site has, by pool.
+    """
 
     campaign: str
     site: str
@@ -53,6 +97,10 @@ class Forecast:
     estimates_from: str
     bad_examples: list[str] = field(default_factory=list)
     batch_scripts: dict[str, str] = field(default_factory=dict)
+    pools: list[PoolForecast] = field(default_factory=list)
+    node_hours: float = 0.0
+    sampled: int = 0
+    margins: dict[str, float] = field(default_factory=dict)
 
 
 def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
@@ -96,95 +144,293 @@ def _learn(estimates: list[Estimate], plan: Plan, rows: Rows, atoms: dict[bytes,
 
 @dataclass(slots=True)
 class _Read:
-    """What the molecule files were found to hold."""
+    """What the molecule files hold: numbers of entries, and seconds of work per stage (S,)."""
 
+    counts: Tally
+    left_s: NDArray[np.float64]
     entries: int = 0
     bad: int = 0
     molecules: int = 0
     repeated: int = 0
     examples: list[str] = field(default_factory=list)
+    sampled: int = 0
+    margins: dict[str, float] = field(default_factory=dict)
 
 
-def _roots_of_files(campaign: Campaign, plan: Plan, read: _Read) -> Iterator[list[Root]]:
-    """Read the molecule files; yield roots in lists, and count into ``read``."""
-    from orchestrator.molecules import find_files, read_entries
+@dataclass(slots=True)
+class _Understood:
+    """Some entries: origins (K, 2) and molecules (K, 2) of the good ones, their atoms (K,)."""
 
-    files = find_files(campaign.molecules, campaign.path.parent)
-    seen = KeyIndex()
-    roots: list[Root] = []
-    for entry in read_entries(files, campaign.molecules):
-        read.entries += 1
+    origins: NDArray[np.uint64]
+    molecules: NDArray[np.uint64]
+    n_atoms: NDArray[np.int64]
+    bad: list[str]
+
+
+def _understood(entries: list[Entry], plan: Plan) -> _Understood:
+    bad: list[str] = []
+    molecules: list[bytes] = []
+    origins: list[bytes] = []
+    n_atoms: list[int] = []
+    for entry in entries:
         molecule = entry.molecule
         problem = str(entry.error) if molecule is None else ingest.unfit(entry, plan.from_files)
         if molecule is None or problem:
-            read.bad += 1
-            if read.bad <= _BAD_EXAMPLES:
-                read.examples.append(f"{entry.source}, line {entry.line}: {problem}")
+            bad.append(f"{entry.source}, line {entry.line}: {problem}")
             continue
         key = origin = ingest.molecule_key(molecule, entry.name)
-        new = seen.add(*key_words(key))
-        read.molecules += new
         if plan.from_files and entry.positions is not None:
             origin = ingest.geometry_key(key, entry.positions)
-            new = seen.add(*key_words(origin))
-        if not new:
-            read.repeated += 1
-            continue
-        n = len(molecule.numbers)
-        charge, multiplicity = molecule.charge, molecule.multiplicity
-        roots.append(Root(key, origin, molecule.smiles, charge, multiplicity, n))
-        if len(roots) == _BATCH:
-            yield roots
-            roots = []
-    yield roots
+        molecules.append(key)
+        origins.append(origin)
+        n_atoms.append(len(molecule.numbers))
+    return _Understood(key_array(origins), key_array(molecules), np.array(n_atoms, np.int64), bad)
+
+
+class _Reckoner:
+    """Adds up what is to be done for origins of tasks."""
+
+    def __init__(self, plan: Plan, index: KeyIndex, estimates: list[Estimate]) -> None:
+        self.plan = plan
+        self._index = index
+        self._estimates = estimates
+        self._per_root = plan.tasks_per_root()
+
+    def empty(self) -> _Read:
+        return _Read(Tally.of(self.plan), np.zeros(len(self.plan.stages)))
+
+    def add(
+        self, read: _Read, origins: NDArray[np.uint64], n_atoms: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Count origins (K, 2) into ``read``; return the seconds (K,) of each, done or not."""
+        counts = tally(self.plan, origins, self._index)
+        read.counts += counts
+        seconds: NDArray[np.float64] = np.zeros(len(origins))
+        sizes, at = np.unique(n_atoms, return_inverse=True)
+        for s, estimate in enumerate(self._estimates):
+            each = np.array([estimate.seconds(n) for n in sizes.tolist()])[at] * self._per_root[s]
+            seconds += each
+            if counts.planned[s]:
+                share = 1 - counts.finished[s] / counts.planned[s]
+                read.left_s[s] += share * each.sum()
+        return seconds
+
+
+def _examples(read: _Read, found: list[str]) -> None:
+    read.bad += len(found)
+    read.examples += found[: max(0, _BAD_EXAMPLES - len(read.examples))]
+
+
+def _from_store(folder: Path, reckoner: _Reckoner) -> _Read:
+    """Count the plan that a run has made of the same files."""
+    plan, read = reckoner.plan, reckoner.empty()
+    seen = KeyIndex()
+    for chunk in ingest.chunks(folder):
+        read.entries += chunk.stop - chunk.start
+        origins, n_atoms = ingest.read_origins(chunk, plan)
+        reckoner.add(read, origins, n_atoms)
+        read.repeated += chunk.stop - chunk.start - chunk.bad - len(origins)
+        molecules = ingest.read_molecule_keys(chunk) if plan.from_files else origins
+        read.molecules += int(seen.add_all(molecules).sum()) if plan.from_files else len(origins)
+        if chunk.bad:
+            wanted = _BAD_EXAMPLES - len(read.examples)
+            read.examples += ingest.bad_entries(chunk, wanted) if wanted > 0 else []
+            read.bad += chunk.bad
+    return read
+
+
+def _from_entries(entries: Iterator[Entry], reckoner: _Reckoner) -> _Read:
+    plan, read = reckoner.plan, reckoner.empty()
+    seen = KeyIndex()
+    for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):
+        found = _understood(batch, plan)
+        _examples(read, found.bad)
+        new = seen.add_all(found.molecules)
+        read.molecules += int(new.sum())
+        if plan.from_files:
+            new = seen.add_all(found.origins)
+        reckoner.add(read, found.origins[new], found.n_atoms[new])
+        read.repeated += int((~new).sum())
+        read.entries += len(batch)
+    return read
+
+
+def draw(records: Iterator[Record], size: int) -> tuple[int, list[Record]]:
+    """Count records, and draw ``size`` of them at random, each as likely as any other.
+
+    Li, ACM Trans. Math. Softw. 20, 481 (1994), algorithm L; always the same ones of a file.
+    """
+    dice = random.Random(0)
+    drawn = list(itertools.islice(records, size))
+    count = len(drawn)
+    if count < size:
+        return count, drawn
+    weight = 1.0
+    while True:
+        weight *= math.exp(math.log(1.0 - dice.random()) / size)
+        skip = int(math.log(1.0 - dice.random()) / math.log1p(-weight))
+        for record in itertools.islice(records, skip + 1):
+            count += 1
+            last = record
+            skip -= 1
+        if skip >= 0:
+            break
+        drawn[dice.randrange(size)] = last
+    drawn.sort(key=lambda record: (record.source, record.line))
+    return count, drawn
+
+
+def distinct(total: int, sample: int, seen: Counter[int]) -> tuple[float, float]:
+    """Estimate how many kinds there are among ``total``, and half the 95 % interval's width.
+
+    ``seen[k]`` kinds came k times in a sample drawn without replacement (Chao and Lin, Biometrics
+    68, 912 (2012), equation 9: exact where no kind comes more than twice in all).
+    """
+    kinds = sum(seen.values())
+    share = sample / total if total else 1.0
+    if not kinds or share >= 1:
+        return float(kinds), 0.0
+
+    def estimate(twice: float) -> float:
+        once = max(seen[1] - 2 * (twice - seen[2]), 0.0)
+        unseen = 2 * twice * sample / max(sample - 1, 1) + share / (1 - share) * once
+        return kinds + (once * once / unseen if unseen else 0.0)
+
+    # With none found twice, three could still have been expected.
+    spread = _95_PERCENT * math.sqrt(seen[2]) if seen[2] else 3.0
+    return estimate(seen[2]), abs(estimate(seen[2]) - estimate(seen[2] + spread))
+
+
+def _kinds(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], Counter[int]]:
+    """Return where each different key (K, 2) comes first, and how many come how often."""
+    _, first, times = np.unique(keys, axis=0, return_index=True, return_counts=True)
+    return np.sort(first), Counter(times.tolist())
+
+
+def _from_sample(total: int, entries: list[Entry], reckoner: _Reckoner) -> _Read:
+    """Estimate from entries drawn at random from ``total``."""
+    plan, read = reckoner.plan, reckoner.empty()
+    n = len(entries)
+    found = _understood(entries, plan)
+    _examples(read, found.bad)
+    first, origins_seen = _kinds(found.origins)
+    seconds = reckoner.add(read, found.origins[first], found.n_atoms[first])
+    share_bad = read.bad / n
+    good = total - round(total * share_bad)
+    origins, origins_margin = distinct(good, len(found.origins), origins_seen)
+    molecules, molecules_margin = distinct(good, len(found.origins), _kinds(found.molecules)[1])
+    scale = origins / max(len(first), 1)
+    read.counts.scale(scale)
+    # What is left, of all that is planned, is known no better than that is.
+    relative = origins_margin / max(origins, 1.0)
+    if len(first) > 1 and seconds.any():
+        relative += _95_PERCENT * float(np.std(seconds) / np.mean(seconds)) / math.sqrt(len(first))
+    read.left_s *= scale
+    read.entries, read.sampled = total, n
+    read.bad = total - good
+    read.molecules = round(molecules)
+    read.repeated = good - round(origins)
+    if read.bad > len(read.examples):
+        read.examples.append(f"... and about {read.bad - len(read.examples):,} more")
+    bad_margin = _95_PERCENT * math.sqrt(max(share_bad * (1 - share_bad), 1 / n) / n) * total
+    read.margins = {
+        "bad": bad_margin,
+        "duplicates": origins_margin,
+        "molecules": molecules_margin + bad_margin,
+        "core_hours": relative * float(read.left_s.sum()) / 3600,
+    }
+    return read
+
+
+def _read(campaign: Campaign, store: Store | None, reckoner: _Reckoner, *, exact: bool) -> _Read:
+    from orchestrator.molecules import (
+        find_files,
+        is_picky,
+        read_entries,
+        read_records,
+        sources_digest,
+    )
+    from orchestrator.reading import Reading, processes
+
+    source = campaign.molecules
+    files = find_files(source, campaign.path.parent)
+    if store is not None:
+        folder = ingest.plan_folder(store, sources_digest(files, source))
+        if ingest.is_complete(folder):
+            return _from_store(folder, reckoner)
+    with Reading(processes()) as reading:
+        # What a picky source takes is known only once it has been read.
+        if files and not exact and not is_picky(source):
+            records = itertools.islice(read_records(files, source), source.limit)
+            total, drawn = draw(records, SAMPLE)
+            if total > EXACT_ENTRIES:
+                return _from_sample(total, list(reading.entries(iter(drawn))), reckoner)
+        entries = read_entries(files, source, understand=reading.entries)
+        read = _from_entries(entries, reckoner)
     if read.bad > _BAD_EXAMPLES:
         read.examples.append(f"... and {read.bad - _BAD_EXAMPLES} more")
+    return read
 
 
-def forecast(campaign: Campaign, site: Site) -> Forecast:
-    """Return what a campaign would take on a site; reads, and starts nothing."""
+def _pool(site: Site, pool: str, left_s: float, bundles: int) -> PoolForecast:
+    """Reckon a pool's share, of which ``bundles`` at most can run at once."""
+    nodes, per_node = site.nodes()[pool], site.workers_per_node()[pool]
+    walltime = site.walltime_s()[pool]
+    executor: Any = next(e for e in site.config.executors if e.label == pool)
+    per_block = max(1, int(executor.provider.nodes_per_block))
+    useful = math.ceil(bundles / (per_block * per_node))
+    at_once = max(1, min(nodes // per_block, useful))
+    workers = at_once * per_block * per_node
+    if not bundles:
+        return PoolForecast(pool, 0, 0, 0, walltime, 0.0, 0.0)
+    wall_s = left_s / workers
+    blocks = at_once * max(1, math.ceil(wall_s / walltime)) if walltime else at_once
+    idle_s = blocks * per_block * _IDLE_S if walltime else 0.0
+    node_s = at_once * per_block * wall_s + idle_s
+    return PoolForecast(pool, at_once * per_block, workers, blocks, walltime, node_s / 3600, wall_s)
+
+
+def forecast(campaign: Campaign, site: Site, *, exact: bool = False) -> Forecast:
+    """Return what a campaign would take on a site; reads, and starts nothing.
+
+    ``exact`` has every entry read, however many there are.
+    """
     plan = Plan(campaign)
     site.require_pools(campaign.pools)
+    store: Store | None = None
     snapshot: Snapshot | None = None
     index = KeyIndex()
     try:
-        snapshot = Store(campaign.store).snapshot()
+        store = Store(campaign.store)
+        snapshot = store.snapshot()
         index = snapshot.task_index()
     except StoreError:
         if (campaign.store / "campaign.json").exists():
             raise
     estimates = learned_estimates(snapshot, plan)
-    n = len(plan.stages)
-    planned, done, left_s = [0] * n, [0] * n, [0.0] * n
-    per_root = plan.tasks_per_root()
-    read = _Read()
-    for roots in _roots_of_files(campaign, plan, read):
-        stand = standing(plan, roots, index)
-        for i, estimate in enumerate(estimates):
-            if not stand.planned[i]:
-                continue
-            finished = stand.ok[i] + stand.failed[i] + stand.upstream[i]
-            share = 1 - finished / stand.planned[i]
-            planned[i] += stand.planned[i]
-            done[i] += finished
-            left_s[i] += share * per_root[i] * sum(estimate.seconds(r.n_atoms) for r in roots)
-    workers = site.pools()
+    read = _read(campaign, store, _Reckoner(plan, index, estimates), exact=exact)
     stages: list[StageForecast] = []
-    pool_s = dict.fromkeys(workers, 0.0)
+    pool_s: defaultdict[str, float] = defaultdict(float)
+    pool_bundles: Counter[str] = Counter()
     for i, stage in enumerate(plan.stages):
-        pool_s[stage.pool] += left_s[i]
-        by_time = math.ceil(left_s[i] / campaign.run.bundle_time)
+        left_s = float(read.left_s[i])
+        planned, done = int(read.counts.planned[i]), int(read.counts.finished[i])
+        by_time = math.ceil(left_s / campaign.run.bundle_time)
+        bundles = max(by_time, math.ceil((planned - done) / MAX_ITEMS))
+        pool_s[stage.pool] += left_s
+        pool_bundles[stage.pool] += bundles
         stages.append(
             StageForecast(
                 stage=stage.name,
                 what=stage.words,
                 pool=stage.pool,
-                tasks=planned[i],
-                done=done[i],
-                bundles=max(by_time, math.ceil((planned[i] - done[i]) / MAX_ITEMS)),
-                core_hours=left_s[i] / 3600,
+                tasks=planned,
+                done=done,
+                bundles=bundles,
+                core_hours=left_s / 3600,
             )
         )
+    pools = [_pool(site, pool, pool_s[pool], pool_bundles[pool]) for pool in sorted(pool_s)]
     measured = any(estimate.measured for estimate in estimates)
     return Forecast(
         campaign=campaign.name,
@@ -195,11 +441,15 @@ def forecast(campaign: Campaign, site: Site) -> Forecast:
         bad=read.bad,
         stages=stages,
         core_hours=sum(pool_s.values()) / 3600,
-        wall_s=max(s / workers[pool] for pool, s in pool_s.items()),
-        workers=workers,
+        wall_s=max((pool.wall_s for pool in pools), default=0.0),
+        workers=site.pools(),
         estimates_from=(
             "finished tasks of this store" if measured else "figures measured on another machine"
         ),
         bad_examples=read.examples,
         batch_scripts=batch_scripts(site),
+        pools=pools,
+        node_hours=sum(pool.node_hours for pool in pools),
+        sampled=read.sampled,
+        margins=read.margins,
     )

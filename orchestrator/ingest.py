@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator import shard
 from orchestrator.columns import Rows, from_records, key_array
@@ -151,6 +152,43 @@ def read_roots(chunk: Chunk, plan: Plan) -> list[Root]:
         owner = owners[at : at + 16]
         roots.append(Root(owner, origins[at : at + 16], *known[owner]))
     return roots
+
+
+def read_origins(chunk: Chunk, plan: Plan) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the origins (K, 2) of a chunk's `read_roots`, and their numbers of atoms (K,)."""
+    with shard.open_shard(chunk.path) as file:
+        if not file.n_rows("molecules"):
+            return np.zeros((0, 2), np.uint64), np.zeros(0, np.int64)
+        molecules = file.read("molecules", ["key", "n_atoms"])
+        keys, n_atoms = molecules["key"], molecules["n_atoms"].astype(np.int64)
+        if not plan.from_files:
+            return keys, n_atoms
+        if not file.n_rows("geometries"):
+            return np.zeros((0, 2), np.uint64), np.zeros(0, np.int64)
+        geometries = file.read("geometries", ["key", "mol_key"])
+    atoms = dict(zip(map(tuple, keys.tolist()), n_atoms.tolist(), strict=True))
+    owners = map(tuple, geometries["mol_key"].tolist())
+    return geometries["key"], np.array([atoms[owner] for owner in owners], np.int64)
+
+
+def read_molecule_keys(chunk: Chunk) -> NDArray[np.uint64]:
+    """Return the keys (K, 2) of a chunk's molecules."""
+    with shard.open_shard(chunk.path) as file:
+        if not file.n_rows("molecules"):
+            return np.zeros((0, 2), np.uint64)
+        keys: NDArray[np.uint64] = file.read("molecules", ["key"])["key"]
+    return keys
+
+
+def bad_entries(chunk: Chunk, most: int) -> list[str]:
+    """Return in words the first entries of a chunk that could not be used."""
+    with shard.open_shard(chunk.path) as file:
+        rows = file.read("tasks", ["status", "message", "source", "line"])
+    rows = rows.take(np.flatnonzero(rows["status"].equals("input"))[:most])
+    told = zip(
+        rows["source"].strings(), rows["line"].tolist(), rows["message"].strings(), strict=True
+    )
+    return [f"{source}, line {line}: {message}" for source, line, message in told]
 
 
 def _molecule_record(entry: Entry, molecule: Molecule, key: bytes) -> dict[str, Any]:
