@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from site_configs.support.scheduler import Scheduler
 
 MPI_POOL: Final = "mpi"
-# How long the end of a run waits for its jobs to leave their nodes.
-GONE_LIMIT_S: Final = 60.0
 
 
 def start_of_job(settings: QueueSettings) -> str:
