@@ -70,6 +70,9 @@ RetryOption = Annotated[
 ReportOption = Annotated[
     bool, typer.Option("--report", help="Write report.html into the store at the end.")
 ]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Count everything anew, however long that takes.")
+]
 ForgetOption = Annotated[
     bool, typer.Option("--forget-nodes", help="Take nodes again that were set aside as bad.")
 ]
@@ -166,28 +169,42 @@ def plan(
     store: StoreOption = None,
     site: SiteOption = "local",
     workers: WorkersOption = None,
+    max_node_hours: Annotated[
+        float | None,
+        typer.Option("--max-node-hours", min=0.0, help="Refuse where more would be used."),
+    ] = None,
+    exact: ExactOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a campaign and say what would run; nothing is started."""
+    """Check a campaign and say what would run; nothing is started.
+
+    On a cluster: also what would be submitted, in node-hours and as batch scripts.
+    """
     from orchestrator.forecast import forecast
     from orchestrator.sites import load_site
 
     campaign = _campaign(file, store)
-    found = forecast(campaign, load_site(site, workers=workers))
+    found = forecast(campaign, load_site(site, workers=workers), exact=exact)
     if as_json:
         _print_json(asdict(found))
+        _refuse_beyond(max_node_hours, found.node_hours)
         return
     from rich.table import Table
 
+    from orchestrator.show import blocks_forecast, core_hours, duration
     from orchestrator.show import console as make_console
-    from orchestrator.show import core_hours, duration
 
     console = make_console()
+    about = "about " if found.sampled else ""
     console.print(
-        f"{campaign.name}: {found.entries:,} entries, {found.molecules:,} molecules, "
-        f"{found.duplicates:,} repeated, {found.bad:,} that cannot be read",
+        f"{campaign.name}: {found.entries:,} entries, {about}{found.molecules:,} molecules, "
+        f"{about}{found.duplicates:,} repeated, {about}{found.bad:,} that cannot be read",
         markup=False,
     )
+    if found.sampled:
+        console.print(
+            f"  (from {found.sampled:,} entries drawn by chance; --exact counts all)", markup=False
+        )
     for line in found.bad_examples:
         console.print(f"  {line}", markup=False)
     table = Table(box=None, pad_edge=False)
@@ -223,6 +240,18 @@ def plan(
     console.print(f"results go to {campaign.store}", markup=False)
     for pool, script in found.batch_scripts.items():
         console.print(f"\nbatch script for pool {pool}:\n{script.rstrip()}", markup=False)
+    if found.batch_scripts and found.pools:
+        console.print("\nwhat would be submitted:", markup=False)
+        console.print(blocks_forecast(found.pools))
+    _refuse_beyond(max_node_hours, found.node_hours)
+
+
+def _refuse_beyond(limit: float | None, node_hours: float) -> None:
+    if limit is not None and node_hours > limit:
+        raise CampaignError(
+            f"--max-node-hours {limit:g}: what is left takes about {node_hours:,.1f} node-hours; "
+            "`basin run` with the same limit stops in good order when they are used"
+        )
 
 
 @app.command()
@@ -465,6 +494,7 @@ def stop(
 def status(
     place: Place,
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew until it ends.")] = False,
+    exact: ExactOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say how a campaign stands: done, failed, waiting.
@@ -482,7 +512,7 @@ def status(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         return
-    found = look(campaign, store)
+    found = look(campaign, store, exact=exact)
     if as_json:
         _print_json(found.as_json())
         return

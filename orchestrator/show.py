@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from orchestrator.counts import StageCounts
+    from orchestrator.forecast import PoolForecast
     from orchestrator.run import Progress
     from orchestrator.train import TrainProgress
 
@@ -65,6 +66,27 @@ def counts_table(counts: list[StageCounts]) -> RenderableType:
     for c in counts:
         numbers = (c.planned, c.ok, c.failed, c.upstream, c.waiting)
         table.add_row(c.stage, *(f"{n:,}" for n in numbers))
+    return table
+
+
+def blocks_forecast(pools: list[PoolForecast]) -> RenderableType:
+    """Return a table of what would be submitted: blocks of nodes, for how long, and node-hours."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("pool")
+    for name in ("blocks", "nodes at once", "workers", "walltime", "node-hours", "takes"):
+        table.add_column(name, justify="right")
+    for p in pools:
+        table.add_row(
+            p.pool,
+            f"{p.blocks:,}",
+            f"{p.nodes:,}",
+            f"{p.workers:,}",
+            duration(p.walltime_s),
+            core_hours(p.node_hours),
+            duration(p.wall_s),
+        )
     return table
 
 

@@ -59,8 +59,11 @@ class View:
         return [b for b in self.progress.blocks if b["state"] != "ended"] if self.progress else []
 
 
-def look(campaign: Campaign, store: Store) -> View:
-    """Look at a campaign from wherever its store can be read; nothing is changed."""
+def look(campaign: Campaign, store: Store, *, exact: bool = False) -> View:
+    """Look at a campaign from wherever its store can be read; nothing is changed.
+
+    ``exact``: count the store itself, and believe no driver.
+    """
     return View(
         campaign=campaign.name,
         file=str(campaign.path),
@@ -68,7 +71,7 @@ def look(campaign: Campaign, store: Store) -> View:
         running=lock.is_running(store.path),
         driver=lock.who(store.path),
         jobs=chain.living(store.path),
-        standing=stand(campaign, store),
+        standing=stand(campaign, store, exact=exact),
         progress=progress.read(store.path),
         training=str(said(store.path).get("line", "")),
         time_s=time.time(),
@@ -89,6 +92,9 @@ def page(view: View) -> RenderableType:
         ),
         counts_table(found.counts),
     ]
+    if not found.current:
+        ago = duration(view.time_s - found.as_of) if found.as_of else "some time"
+        parts.append(Text(f"counted {ago} ago by a driver that is gone; --exact counts anew"))
     if found.failures:
         classes = ", ".join(f"{name}: {n:,}" for name, n in sorted(found.failures.items()))
         parts.append(Text(f"failures by class: {classes}"))
