@@ -22,6 +22,7 @@ class ProgressFile:
     """How a run stands, or how the last one ended.
 
     ``site``: name, or absolute path of its file; ``digest``: of the molecule files planned;
+    ``plan``: of the stages (`tally.plan_digest`);
     ``blocks``: one dictionary a batch job, with ``pool``, ``block``, ``job_id``, ``state``
     (pending, running, ended), ``reason``, ``words``, ``nodes``, ``start_s``, ``end_s`` (epoch, s)
     and ``n_nodes``; ``bad_nodes``: names with the reason in words; ``node_hours``: of all runs so
@@ -33,6 +34,7 @@ class ProgressFile:
     site: str = ""
     time_s: float = 0.0
     digest: str = ""
+    plan: str = ""
     plan_complete: bool = False
     entries: int = 0
     bad_entries: int = 0

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from orchestrator import ingest
+from orchestrator import ingest, lock, manifest, progress
 from orchestrator.campaign import Campaign
 from orchestrator.columns import Rows, key_array, key_bytes
 from orchestrator.counts import StageCounts
 from orchestrator.errors import StoreError
-from orchestrator.plan import Plan, Root, standing
+from orchestrator.plan import Plan, Root
 from orchestrator.schema import STATUSES
-from orchestrator.store import Store
+from orchestrator.store import Snapshot, Store
+from orchestrator.tally import Tally, plan_digest, tally, with_task
+
+# More than these take longer to count than one would wait for.
+COUNTED_TASKS = 500_000
+# A driver writes its progress every few seconds; a busy file system may take its time.
+_DRIVER_WRITES_S = 60.0
 
 
 @dataclass(slots=True)
 class Standing:
-    """How the planned tasks of a campaign stand in a store."""
+    """How the planned tasks of a campaign stand in a store.
+
+    ``as_of``: when the driver counted them (epoch, s), None where they were counted now;
+    ``current``: whether nothing can have changed since.
+    """
 
     counts: list[StageCounts]
     entries: int
@@ -28,47 +39,81 @@ class Standing:
     plan_complete: bool
     failures: dict[str, int]
     problems: dict[str, str]
+    as_of: float | None = None
+    current: bool = True
+
+
+def _digest(campaign: Campaign) -> str:
+    from orchestrator.molecules import find_files, sources_digest
+
+    files = find_files(campaign.molecules, campaign.path.parent)
+    return sources_digest(files, campaign.molecules)
 
 
 def current_plan_folder(campaign: Campaign, store: Store) -> Path:
     """Return the folder of the plan made from the campaign's present molecule files."""
-    from orchestrator.molecules import find_files, sources_digest
-
-    files = find_files(campaign.molecules, campaign.path.parent)
-    return ingest.plan_folder(store, sources_digest(files, campaign.molecules))
+    return ingest.plan_folder(store, _digest(campaign))
 
 
-def stand(campaign: Campaign, store: Store) -> Standing:
-    """Compare everything planned with everything finished; nothing is changed."""
+def stand(campaign: Campaign, store: Store, *, exact: bool = False) -> Standing:
+    """Say how everything planned stands; nothing is changed.
+
+    While a driver runs, and where nothing was sealed since the last one left, the driver's own
+    counts are given; of more than `COUNTED_TASKS` tasks also those that a killed driver wrote last,
+    some seconds before its end. Otherwise, or with ``exact``, all tasks are counted now.
+    """
     plan = Plan(campaign)
-    folder = current_plan_folder(campaign, store)
-    snapshot = store.snapshot()
-    index = snapshot.task_index()
-    n = len(plan.stages)
-    totals = np.zeros((4, n), int)
-    classes: Counter[int] = Counter()
+    digest = _digest(campaign)
+    if not exact and (told := _told_by_driver(store, plan, digest)) is not None:
+        return told
+    folder = ingest.plan_folder(store, digest)
+    snapshot, index = store.consistent(lambda snapshot: (snapshot, snapshot.task_index()))
+    total = Tally.of(plan)
     entries = bad = 0
     for chunk in ingest.chunks(folder):
         entries += chunk.stop - chunk.start
         bad += chunk.bad
-        part = standing(plan, ingest.read_roots(chunk, plan), index)
-        classes += part.failures
-        totals += np.array([part.planned, part.ok, part.failed, part.upstream])
+        total += tally(plan, ingest.read_origins(chunk, plan)[0], index)
+    columns = (total.planned, total.ok, total.failed, total.upstream)
+    waiting = total.planned - total.finished
     counts = [
-        StageCounts(
-            stage.name,
-            int(totals[0, i]),
-            int(totals[1, i]),
-            int(totals[2, i]),
-            int(totals[3, i]),
-            int(totals[0, i] - totals[1:, i].sum()),
-        )
-        for i, stage in enumerate(plan.stages)
+        StageCounts(stage.name, *(int(column[stage.index]) for column in (*columns, waiting)))
+        for stage in plan.stages
     ]
-    failures = {STATUSES[code]: count for code, count in classes.items()}
+    failures = {STATUSES[code]: count for code, count in total.failures.items()}
     if bad:
         failures["input"] = failures.get("input", 0) + bad
     return Standing(counts, entries, bad, ingest.is_complete(folder), failures, snapshot.problems)
+
+
+def _told_by_driver(store: Store, plan: Plan, digest: str) -> Standing | None:
+    """Return what the driver's progress says, where that is as good as counting."""
+    last = progress.read(store.path)
+    if last is None or last.digest != digest or last.plan != plan_digest(plan):
+        return None
+    running = lock.is_running(store.path) and lock.who(store.path).get("run_id") == last.run_id
+    current = running and time.time() - last.time_s < _DRIVER_WRITES_S
+    current = current or (last.ended and _changed_s(store) <= last.time_s)
+    if not current and sum(stage.planned for stage in last.stages) <= COUNTED_TASKS:
+        return None
+    return Standing(
+        last.stages,
+        last.entries,
+        last.bad_entries,
+        last.plan_complete,
+        last.failures,
+        dict(manifest.newest(store.path / "manifest").quarantine),
+        last.time_s,
+        current,
+    )
+
+
+def _changed_s(store: Store) -> float:
+    """Return when the store last got a shard, a chunk of a plan, or a manifest (epoch, s)."""
+    folders = [store.path / "manifest"]
+    for name in ("inbox", "plan"):
+        folders += [Path(entry.path) for entry in os.scandir(store.path / name) if entry.is_dir()]
+    return max(folder.stat().st_mtime for folder in folders)
 
 
 def _find_root(
@@ -110,11 +155,19 @@ def _find_root(
                 f"{what!r} is neither the key of a task or molecule in {store.path} nor a SMILES "
                 f"({exc})"
             ) from exc
-    roots = []
+    owners = key_array(sorted(mol_keys))
+    roots: list[Root] = []
     for chunk in ingest.chunks(folder):
+        keys = ingest.read_molecule_keys(chunk)
+        near = bool(np.isin(keys[:, 0], owners[:, 0]).any())
+        # The key of a task that has no row yet is found only by making those of all tasks.
+        if not near and not mol_keys and wanted_key is not None:
+            near = bool(with_task(plan, ingest.read_origins(chunk, plan)[0], wanted_key).any())
+        if not near:
+            continue
         for root in ingest.read_roots(chunk, plan):
             keyed = wanted_key is not None and any(
-                wanted_key in keys for _, keys in plan.chains(root)
+                wanted_key in chain for _, chain in plan.chains(root)
             )
             if keyed or root.mol_key in mol_keys:
                 roots.append(root)
@@ -136,9 +189,12 @@ def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
             f"{what!r}: no such molecule or task in campaign {campaign.name!r}; `basin query "
             '"SELECT key, name, smiles FROM molecules"` lists the molecules'
         )
-    tasks = store.read("tasks")
-    molecules = store.read("molecules", ["key", "name", "smiles", "source", "line"])
-    for root in roots:
+    chains = [list(plan.chains(root)) for root in roots]
+    keys = [key for chain in chains for _, made in chain for key in made if key]
+    owners = [root.mol_key for root in roots]
+    tasks = store.consistent(lambda snapshot: snapshot.pick("tasks", key_array(keys)))
+    molecules = store.consistent(lambda snapshot: snapshot.pick("molecules", key_array(owners)))
+    for root, chain in zip(roots, chains, strict=True):
         at = np.flatnonzero((molecules["key"] == key_array([root.mol_key])).all(axis=1))
         if len(at):
             m = molecules.take(at[:1])
@@ -146,7 +202,7 @@ def explain(campaign: Campaign, store: Store, what: str) -> list[str]:
             source = f"{m['source'].strings()[0]}, line {int(m['line'][0])}"
             made = "made from noise" if plan.from_noise else "no graph"
             lines.append(f"{name or smiles}: {smiles or made} ({source})")
-        for conformer, keys in plan.chains(root):
+        for conformer, keys in chain:
             if wanted is not None and wanted not in keys and wanted != root.mol_key:
                 continue
             cut: dict[int, str] = {}
@@ -188,8 +244,16 @@ def _told(row: Rows) -> str:
 
 
 def _input_failures(store: Store, what: str) -> list[str]:
-    tasks = store.read("tasks", ["mol_key", "stage", "status", "message", "source", "line"])
-    bad = tasks.take(tasks["status"].equals("input") & tasks["stage"].equals(ingest.STAGE))
+    def found(snapshot: Snapshot) -> Rows:
+        names = ["key", "stage", "status"]
+        bad = [
+            rows["key"][rows["status"].equals("input") & rows["stage"].equals(ingest.STAGE)]
+            for rows in snapshot.parts("tasks", names)
+        ]
+        keys = np.concatenate(bad) if bad else np.zeros((0, 2), np.uint64)
+        return snapshot.pick("tasks", keys)
+
+    bad = store.consistent(found)
     lines = []
     for i, message in enumerate(bad["message"].strings()):
         # The line as it was read stands in brackets; its first word is the molecule.

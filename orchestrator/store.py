@@ -27,6 +27,7 @@ _Read = TypeVar("_Read")
 
 FOLDERS = ("inbox", "segments", "manifest", "plan", "checkpoints", "control", "logs")
 _READ_ATTEMPTS = 5
+_ROW_BY_ROW = 64
 
 
 @dataclass(slots=True)
@@ -40,24 +41,49 @@ class Snapshot:
 
     def parts(self, table: str, names: Sequence[str] | None = None) -> Iterator[Rows]:
         """Yield the table's rows file by file, duplicates included."""
-        for segment in self.manifest.segments:
-            if segment.table == table:
-                path = self.store.path / segment.file
-                with hdf5.TableFile(path, str(path)) as file:
-                    yield file.read(table, names)
+        yield from self._segments(table, lambda file: file.read(table, names))
         yield from self.shard_parts(table, names)
 
     def shard_parts(self, table: str, names: Sequence[str] | None = None) -> Iterator[Rows]:
         """Yield the table's rows of each sealed shard; unreadable ones are noted and passed by."""
+        yield from self._shards(table, lambda file: file.read(table, names))
+
+    def _segments(self, table: str, read: Callable[[hdf5.TableFile], _Read]) -> Iterator[_Read]:
+        for segment in self.manifest.segments:
+            if segment.table == table:
+                path = self.store.path / segment.file
+                with hdf5.TableFile(path, str(path)) as file:
+                    yield read(file)
+
+    def _shards(self, table: str, read: Callable[[hdf5.TableFile], _Read]) -> Iterator[_Read]:
         for path in self.shards:
             if str(path) in self.problems:
                 continue
             try:
                 with shard.open_shard(path) as file:
                     if file.n_rows(table):
-                        yield file.read(table, names)
+                        yield read(file)
             except (CorruptShardError, StoreVersionError) as exc:
                 self.problems[str(path)] = str(exc)
+
+    def pick(self, table: str, keys: NDArray[np.uint64]) -> Rows:
+        """Return a table's rows of some keys (K, 2), each once; raises like `read`.
+
+        Of the other rows nothing but their keys is read.
+        """
+        wanted = set(map(tuple, keys.tolist()))
+
+        def few(file: hdf5.TableFile) -> list[Rows]:
+            held = file.read(table, ["key"])["key"]
+            near = np.flatnonzero(np.isin(held[:, 0], keys[:, 0])).tolist()
+            rows = [row for row in near if tuple(held[row].tolist()) in wanted]
+            if len(rows) > _ROW_BY_ROW:
+                return [file.read(table).take(np.array(rows))]
+            return [file.read(table, None, slice(row, row + 1)) for row in rows]
+
+        found = [*self._segments(table, few), *self._shards(table, few)]
+        parts = [rows for part in found for rows in part]
+        return drop_duplicates(concat(parts)) if parts else empty(table)
 
     def read(self, table: str, names: Sequence[str] | None = None) -> Rows:
         """Return all rows of a table, each key once; ``names`` picks columns.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.columns import key_array
 from orchestrator.key_index import ABSENT, KeyIndex
 from orchestrator.plan import Plan
 
@@ -63,6 +65,30 @@ def _keys(digest: bytes, origins: NDArray[np.uint64], tail: bytes) -> NDArray[np
     return np.frombuffer(made, ">u8").reshape(-1, 4)[:, :2].astype(np.uint64)
 
 
+def _chains(plan: Plan, origins: NDArray[np.uint64]) -> Iterator[dict[int, NDArray[np.uint64]]]:
+    """Yield, conformer by conformer, the keys (K, 2) of each stage's tasks."""
+    conformers = max((s.conformers for s in plan.stages if s.parent < 0), default=1)
+    for conformer in range(conformers):
+        keys: dict[int, NDArray[np.uint64]] = {}
+        for stage in plan.stages:
+            if stage.parent < 0 and conformer < stage.conformers:
+                tail = conformer.to_bytes(4, "little")
+                keys[stage.index] = _keys(stage.digest, origins, tail)
+            elif stage.parent in keys:
+                keys[stage.index] = _keys(stage.digest, keys[stage.parent], b"")
+        yield keys
+
+
+def with_task(plan: Plan, origins: NDArray[np.uint64], key: bytes) -> NDArray[np.bool_]:
+    """Tell (K,) from which of some origins (K, 2) the task of a key is reached."""
+    words = key_array([key])
+    found = np.zeros(len(origins), bool)
+    for keys in _chains(plan, origins):
+        for made in keys.values():
+            found |= (made == words).all(axis=1)
+    return found
+
+
 def tally(plan: Plan, origins: NDArray[np.uint64], index: KeyIndex) -> Tally:
     """Compare what is planned from some origins (K, 2) with the finished tasks of the store.
 
@@ -72,23 +98,11 @@ def tally(plan: Plan, origins: NDArray[np.uint64], index: KeyIndex) -> Tally:
     if not len(index):
         result.planned += len(origins) * np.array(plan.tasks_per_root())
         return result
-    conformers = max((s.conformers for s in plan.stages if s.parent < 0), default=1)
-    for conformer in range(conformers):
-        keys: dict[int, NDArray[np.uint64]] = {}
+    for keys in _chains(plan, origins):
         dead: dict[int, NDArray[np.bool_]] = {}
-        for stage in plan.stages:
-            s = stage.index
-            if stage.parent < 0:
-                if conformer >= stage.conformers:
-                    continue
-                tail = conformer.to_bytes(4, "little")
-                keys[s] = _keys(stage.digest, origins, tail)
-                cut = np.zeros(len(origins), bool)
-            elif stage.parent in keys:
-                keys[s] = _keys(stage.digest, keys[stage.parent], b"")
-                cut = dead[stage.parent]
-            else:
-                continue
+        for s in keys:
+            parent = plan.stages[s].parent
+            cut = dead[parent] if parent >= 0 else np.zeros(len(origins), bool)
             code = index.lookup(keys[s])
             ok = ~cut & (code == 0)
             failed = ~cut & (code != 0) & (code != ABSENT)
