@@ -247,10 +247,15 @@ class Scheduler(ABC):
         if reason == "unknown":
             if block.given_back:
                 reason = "cancelled"
-            elif record.end_s is not None and block.missing_since_s >= record.end_s - 60.0:
+            elif record.end_s is not None and self._at_its_end(block):
                 reason = "walltime"
         self._update(block, Seen("ended", reason, detail, record.nodes, record.start_s))
         block.record = replace(block.record, end_s=block.missing_since_s)
+
+    @staticmethod
+    def _at_its_end(block: Block) -> bool:
+        margin = min(60.0, 0.1 * block.walltime_s)
+        return block.missing_since_s >= (block.record.end_s or 0.0) - margin
 
     def last_words(self, block: Block) -> tuple[Reason, str]:
         """Why a job ended, from what the batch system wrote into the job's own error output."""
