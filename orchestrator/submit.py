@@ -110,7 +110,7 @@ def render(job: DriverJob, name: str, store: Path, folder: Path, arguments: Sequ
     target = store / "control" / SCRIPT
     command = ["basin", "run", *arguments, "--chain", str(target)]
     lines = [
-        "#!/bin/bash",
+        "#!/bin/bash -l",  # a login shell knows `module`
         f"# The driver of campaign {name!r}, which submits the blocks that compute.",
         *_directives(job, name, store),
         "",
