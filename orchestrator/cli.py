@@ -443,13 +443,13 @@ def submit(
     from orchestrator.sites import load_site
 
     campaign = _campaign(file, store)
+    find_files(campaign.molecules, campaign.path.parent)
     loaded = load_site(site)
     wanted = {
         "partition": partition, "account": account, "walltime": walltime, "memory": memory,
     }  # fmt: skip
     job = batch.driver_job(loaded, wanted)
     loaded.require_pools(campaign.pools)
-    find_files(campaign.molecules, campaign.path.parent)
     options = _Options(site, None, retry_failed, report, max_node_hours, forget_nodes)
     words = options.words(campaign)
     script = batch.render(job, campaign.name, campaign.store, Path.cwd(), words)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from orchestrator import lock
+from orchestrator import progress as progress_file
 from orchestrator.cli import main
 from orchestrator.counts import StageCounts
 from orchestrator.run import Progress
@@ -31,7 +32,8 @@ from tests.orchestrator.store_fixtures import little_records
 
 LIMIT_S = 110
 COMMANDS = [
-    "plan", "run", "status", "explain", "query", "export", "report", "speedup", "compact", "doctor",
+    "plan", "run", "submit", "stop", "status", "explain", "query", "export", "report", "speedup",
+    "compact", "doctor",
 ]  # fmt: skip
 CAMPAIGN = """
 name = "tiny"
@@ -253,6 +255,112 @@ def test_doctor_answers_in_json() -> None:
     assert done.returncode == (1 if "broken" in states.values() else 0)
 
 
+# --- from anywhere ---------------------------------------------------------------------------
+
+
+def write_slow(folder: Path, seconds: str = "0.3 s", n: int = 200) -> Path:
+    """Write a campaign that takes a minute on one worker."""
+    (folder / "some.smi").write_text("".join(f"{'C' * k}O\n" for k in range(1, n)))
+    path = folder / "slow.toml"
+    path.write_text(
+        'name = "slow"\n[molecules]\nfiles = ["some.smi"]\n[[stages]]\nkernel = "rehearse"\n'
+        f'seconds = "{seconds}"\n[run]\nseal_every = "0.5 s"\nbundle_time = "2 s"\n'
+    )
+    return path
+
+
+def test_a_detached_run_is_watched_and_stopped_from_elsewhere(tmp_path: Path) -> None:
+    path = write_slow(tmp_path)
+    store = tmp_path / "slow.basin"
+    done = basin("run", path, "--workers", 1, "--detach")
+    assert done.returncode == 0, done.stderr
+    head, log, _, _ = done.stdout.splitlines()
+    pid = lock.who(store)["pid"]
+    assert head == f"slow goes on as process {pid}; you may log out"
+    assert Path(log.split()[1]).parent == store / "logs"
+    assert os.getsid(pid) == pid, "it has a session of its own"
+    second = basin("run", path, "--workers", 1, "--detach")
+    assert second.returncode == 3
+    assert f"process {pid}" in second.stderr
+    end = time.monotonic() + 60
+    while not (ok := strict_json(basin("status", path, "--json").stdout)["counts"][0]["ok"]):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    running = strict_json(basin("status", store, "--json").stdout)
+    assert running["running"] is True
+    assert {"blocks", "bad_nodes", "node_hours", "rate"} <= set(running["run"])
+    stopped = basin("stop", store)
+    assert stopped.returncode == 0, stopped.stderr
+    lines = stopped.stdout.splitlines()
+    assert lines[0].startswith(f"asked process {pid} on ")
+    assert lines[-1] == "stopped; finished work is kept, and `basin run` goes on from there"
+    assert not lock.is_running(store)
+    (counts,) = strict_json(basin("status", path, "--json").stdout)["counts"]
+    assert ok <= counts["ok"] < 199
+    assert counts["failed"] == 0
+    assert "not finished" in Path(log.split()[1]).read_text()
+    again = basin("stop", store)
+    assert again.stdout == f"nothing works on {store}\n"
+
+
+def test_a_detached_run_that_cannot_start_says_why(campaign: Path, store: Store) -> None:
+    held = lock.DriverLock(store.path, "somebody")
+    try:
+        done = basin("run", campaign, "--workers", 1, "--detach")
+        assert f"process {os.getpid()}" in one_line(done, 3)
+    finally:
+        held.release()
+
+
+def test_status_shows_blocks_nodes_and_what_was_used(campaign: Path, store: Store) -> None:
+    copy = campaign.parent / "told.basin"
+    shutil.copytree(store.path, copy, ignore=shutil.ignore_patterns("logs"))
+    now = time.time()
+    told = {"reason": "", "words": "", "nodes": [], "start_s": None, "end_s": None, "pool": "cpu"}
+    blocks = [
+        {**told, "job_id": "11", "state": "running", "nodes": ["n1", "n2"]},
+        *({**told, "job_id": str(n), "state": "pending", "words": "Priority"} for n in (12, 13)),
+        {**told, "job_id": "10", "state": "ended", "reason": "walltime", "words": "job 10 of n3"},
+    ]
+    blocks[0] |= {"start_s": now - 60, "end_s": now + 3600}
+    held = lock.DriverLock(copy, "r")
+    try:
+        run = progress_file.ProgressFile(
+            run_id="r", time_s=now, blocks=blocks, bad_nodes={"n7": "9 of 9 items failed there"},
+            node_hours=12.5, rate=3.0, left_s=600.0,
+        )  # fmt: skip
+        progress_file.write(copy, run)
+        shown = basin("status", copy)
+    finally:
+        held.release()
+    lines = shown.stdout.splitlines()
+    block = next(line.split() for line in lines if line.startswith("11 "))
+    assert block[:4] == ["11", "cpu", "n1", "+1"]
+    assert "pool cpu: 2 blocks wait in the queue (Priority)" in lines
+    assert "job 10 of n3" in lines
+    assert "bad node n7: 9 of 9 items failed there" in lines
+    assert "12.5 node-hours used, 3.0 tasks/s, 10 min 00 s left" in lines
+    # Its driver gone, the same store says what may be left, and who cancels it.
+    gone = basin("status", copy).stdout
+    assert "its jobs 11, 12, 13 may be left: `basin stop" in gone
+    assert "12.5 node-hours used" in gone
+
+
+def test_the_site_may_come_from_the_environment(
+    campaign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BASIN_SITE", "archer3")
+    assert "archer3" in one_line(basin("plan", campaign), 2)
+    assert basin("plan", campaign, "--site", "local").returncode == 0
+
+
+def test_plan_refuses_what_costs_too_much(campaign: Path, tmp_path: Path) -> None:
+    done = basin("plan", campaign, "--store", tmp_path / "x", "--max-node-hours", 0)
+    assert done.returncode == 2
+    assert "basin: --max-node-hours 0: what is left takes about " in done.stderr
+    assert basin("plan", campaign, "--max-node-hours", 0).returncode == 0, "nothing is left"
+
+
 # --- queries ----------------------------------------------------------------------------------
 
 WIDE = "SELECT * FROM relaxations ORDER BY n_atoms"
@@ -399,7 +507,7 @@ def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
         (CAMPAIGN.replace("0.1 eV/Å", "0.1 Å"), "0.1 Å"),
     ],
 )
-@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("command", ["plan", "run", "submit"])
 def test_a_wrong_campaign_is_one_message(
     tmp_path: Path, text: str, words: str, command: str
 ) -> None:
@@ -428,7 +536,7 @@ def test_a_wrong_site_is_one_message(campaign: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["query", "SELECT 1"], ["report"], ["compact"], ["explain", "CCO"]],
+    [["status"], ["stop"], ["query", "SELECT 1"], ["report"], ["compact"], ["explain", "CCO"]],
     ids=lambda a: a[0],
 )
 def test_where_there_is_no_store(tmp_path: Path, arguments: list[str]) -> None:
