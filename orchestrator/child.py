@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 SHARED_BYTES = 64
+# Outcome of an item that needs more time than is left of its block.
+UNFIT = "unfit"
 _CURRENT = struct.Struct("<qd")
 _STOP_AT = 32
 _SEND_EVERY_S = 0.005
@@ -38,7 +40,10 @@ class Shared:
 
     def set_current(self, item: int) -> None:
         """Say which item runs from now on, the first of a batch; -1 for none."""
-        _CURRENT.pack_into(self._map, 0, item, time.monotonic())
+        # Not `pack_into`, which zeroes first: a guard that looked then would see an item that has
+        # run since the machine was started. The start goes first, each in one store.
+        self._map[8:16] = struct.pack("<d", time.monotonic())
+        self._map[0:8] = struct.pack("<q", item)
 
     def current(self) -> tuple[int, float]:
         """Return the running item (-1: none) and the monotonic time at which it started."""
@@ -96,7 +101,15 @@ def _outcomes(stage: Any, payloads: list[Any], shared: Shared) -> list[dict[str,
     return outcomes
 
 
-def _run(connection: Connection, shared: Shared, stage: Any, work: list[Any]) -> None:
+def _run(
+    connection: Connection,
+    shared: Shared,
+    stage: Any,
+    work: list[Any],
+    needs: list[float],
+    stop_at: float,
+) -> None:
+    """Run batch after batch, but for those that need more seconds than are left."""
     from kernels.errors import KernelError
     from orchestrator.kernel_calls import prepare
 
@@ -108,9 +121,12 @@ def _run(connection: Connection, shared: Shared, stage: Any, work: list[Any]) ->
     ready: list[tuple[int, dict[str, Any]]] = []
     size = 0
     sent = 0.0
-    for batch in work:
+    for batch, need in zip(work, needs, strict=True):
         if shared.stop():
             break
+        if time.time() + need > stop_at:
+            ready += [(index, {"status": UNFIT}) for index, _ in batch]
+            continue
         indices, payloads = zip(*batch, strict=True)
         shared.set_current(indices[0])
         outcomes = _outcomes(stage, list(payloads), shared)
@@ -133,11 +149,11 @@ def main() -> None:
     shared = Shared(int(sys.argv[2]))
     while True:
         try:
-            stage, work = connection.recv()
+            task = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            _run(connection, shared, stage, work)
+            _run(connection, shared, *task)
         except (BrokenPipeError, ConnectionResetError):
             return
 

@@ -8,16 +8,18 @@ one pipe and only a few bytes of shared memory tell which item is running.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from orchestrator.block import node_name, own_devices
 from orchestrator.child import SHARED_BYTES, Shared
 from orchestrator.errors import CampaignError, RunError
 
@@ -26,14 +28,28 @@ RECYCLE_AFTER = 20_000
 KILL_LIMIT = 4
 STILLBORN_LIMIT = 5
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_THREADS = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OMP_STACKSIZE": "512M",
-    "HDF5_USE_FILE_LOCKING": "FALSE",
-    "PYTHONUNBUFFERED": "1",
-}
+# Environment of a pool whose workers have more than one core each.
+THREADS = "BASIN_THREADS"
+# Outcome of an item that its block's end broke off.
+CUT = "cut"
+
+
+class StillbornError(RunError):
+    """Kernel processes on this node end before they run anything."""
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a kernel process finds: its threads, its devices, and the worker's own rest."""
+    threads = environment.get(THREADS, "")
+    count = threads if threads.isdecimal() and int(threads) else "1"
+    return {
+        **environment,
+        **own_devices(environment),
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count),
+        "OMP_STACKSIZE": "512M",
+        "HDF5_USE_FILE_LOCKING": "FALSE",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 class _Child:
@@ -53,7 +69,7 @@ class _Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
-            env={**os.environ, **_THREADS},
+            env=child_environment(os.environ),
         )
         theirs.close()
         os.close(memory)
@@ -107,6 +123,9 @@ class Guard:
         memory_limit: int,
         batches: Sequence[Sequence[int]] | None = None,
         crash_limit: int = 2,
+        needs: Sequence[float] | None = None,
+        stop_at: float = math.inf,
+        cut_at: float = math.inf,
         should_stop: Callable[[], bool] = lambda: False,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,17 +135,24 @@ class Guard:
         breaks a limit, is run again item by item, and so costs only the guilty one.
         An item whose crash repeats ``crash_limit`` times is given up. ``time_limit`` (s) holds for
         each item, and for a batch as often as it has items; ``memory_limit`` (bytes, resident) for
-        whatever runs. After
-        ``should_stop`` turns true the running item may save its state and end with status
-        `open`, and items that were not started have no outcome at all. ``on_wait`` is called
-        several times a second while nothing comes in.
-        Raises RunError where child processes end before they run anything, CampaignError where
-        what all items need is not there.
+        whatever runs. After ``should_stop`` turns true the running item may save its state and
+        end with status `open`, and items that were not started have no outcome at all.
+        ``on_wait`` is called several times a second while nothing comes in.
+        The block around it is left at ``stop_at`` (epoch, s): an item that ``needs`` more seconds
+        than are left ends as `unfit`, one that runs then is asked to stop, and what still runs at
+        ``cut_at`` ends as `cut`.
+        Raises StillbornError where child processes end before they run anything, CampaignError
+        where what all items need is not there.
         """
         pending = dict(enumerate(payloads))
         attempts = dict.fromkeys(pending, 0)
         limits = dict.fromkeys(pending, memory_limit)
         planned = [list(batch) for batch in batches or [[i] for i in pending]]
+        wanted = list(needs) if needs is not None else [0.0] * len(payloads)
+
+        def ends() -> bool:
+            return should_stop() or time.time() >= stop_at
+
         if self._under_way:
             # Whoever asked for the last batch left before its end (a full disk, say); the child
             # still works on it, and what it sends must not be taken for results of this one.
@@ -142,7 +168,9 @@ class Guard:
             planned = [left for b in planned if (left := [i for i in b if i in pending])]
             batch_of = {batch[0]: batch for batch in planned}
             try:
-                child.connection.send((stage, [[(i, pending[i]) for i in b] for b in planned]))
+                work = [[(i, pending[i]) for i in batch] for batch in planned]
+                needed = [sum(wanted[i] for i in batch) for batch in planned]
+                child.connection.send((stage, work, needed, stop_at))
             except OSError:
                 child.process.wait()
                 if not child.items:
@@ -168,10 +196,13 @@ class Guard:
                     continue
                 checked = now
                 on_wait()
-                if should_stop():
+                if ends():
                     child.shared.set_stop(True)
                 current, since = child.shared.current()
                 together = len(batch_of.get(current, ()))
+                if time.time() >= cut_at:
+                    yield from self._cut(child, pending, batch_of.get(current, []), now - since)
+                    return
                 if child.process.poll() is not None:
                     # What it sent before it died is still in the pipe.
                     for index, outcome in self._receive(child, 0.0):
@@ -230,18 +261,34 @@ class Guard:
                     yield current, verdict
                 break
             if done:
-                if child.shared.stop() or should_stop():
+                if child.shared.stop() or ends():
                     return
                 if child.items >= RECYCLE_AFTER:
                     self.close()
-            elif should_stop():
+            elif ends():
                 return
+
+    def _cut(
+        self, child: _Child, pending: dict[int, Any], running: list[int], wall_s: float
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Break off what runs; what had been finished before is still in the pipe."""
+        finished = [result for result in self._receive(child, 0.0) if result[0] >= 0]
+        self._replace()
+        for index, outcome in finished:
+            pending.pop(index)
+            outcome["attempts"] = 1
+            yield index, outcome
+        for index in running:
+            if index in pending:
+                outcome = _outcome(CUT, "")
+                outcome.update(started_s=time.time() - wall_s, wall_s=wall_s, cpu_s=0.0)
+                yield index, outcome
 
     def _count_stillborn(self, child: _Child) -> None:
         self._stillborn += 1
         if self._stillborn >= STILLBORN_LIMIT:
-            raise RunError(
-                f"kernel processes on {socket.gethostname()} end before they run anything (exit "
+            raise StillbornError(
+                f"kernel processes on {node_name()} end before they run anything (exit "
                 f"status {child.process.returncode}: {child.last_words(-1) or 'no message'}); "
                 "`basin doctor` there says what is broken"
             )

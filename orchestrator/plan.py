@@ -28,7 +28,11 @@ def canonical(value: Mapping[str, Any]) -> bytes:
 
 
 class Item(NamedTuple):
-    """One task on its way to a worker; ``hint`` is the shard that holds its parent's result."""
+    """One task on its way to a worker; ``hint`` is the shard that holds its parent's result.
+
+    ``losses``: workers that died while it ran alone; ``cuts``: blocks that ended while it ran, and
+    left nothing of it; ``waits``: times that too little was left of a block to begin it.
+    """
 
     key: bytes
     mol_key: bytes
@@ -40,6 +44,8 @@ class Item(NamedTuple):
     n_atoms: int
     hint: str = ""
     losses: int = 0
+    cuts: int = 0
+    waits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import heapq
 import json
 import os
 import queue
@@ -12,13 +13,14 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import block, ingest, shard
+from orchestrator import block, fleet, ingest, lock, progress, shard
 from orchestrator.campaign import Campaign
 from orchestrator.columns import from_records
 from orchestrator.counts import StageCounts
@@ -34,13 +36,25 @@ from orchestrator.interchange import DRIVER_PID
 from orchestrator.key_index import KeyIndex
 from orchestrator.lock import DriverLock
 from orchestrator.molecules import find_files, sources_digest
+from orchestrator.nodes import BROKEN_LIMIT, Nodes
 from orchestrator.plan import Item, Plan, StagePlan
 from orchestrator.schema import STATUSES
 from orchestrator.sites import Site, prepare
 from orchestrator.store import Store
 from orchestrator.stream import Stream
 from orchestrator.train_stage import TrainJob, TrainReceipt, drive, run_training
-from orchestrator.worker import NO_PARENT, NOT_STARTED, Bundle, Receipt, run_bundle, task_record
+from orchestrator.worker import (
+    CUT_OFF,
+    NO_PARENT,
+    NOT_STARTED,
+    TOO_LONG,
+    Bundle,
+    Receipt,
+    checkpoint_path,
+    run_bundle,
+    task_record,
+)
+from orchestrator.worker_pool import BUNDLE_TIME
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -51,9 +65,23 @@ COMPACT_EVERY_S = 120.0
 ANSWER_LIMIT_S = 30.0
 LOSS_LIMIT = 2
 PARENT_LOOKS = 3
+CUT_LIMIT = 3
 BLOCK_FAILURE_LIMIT = 3
+# A block that ends sooner, and did nothing, has failed whatever its scheduler says.
+SHORT_BLOCK_S = 60.0
+# Bundles that wait for workers which are not there yet: enough to have their blocks asked for.
+WAITING_BUNDLES = 4096
+# Failed items that are remembered with their nodes, to be computed again where one proves bad.
+SUSPECTS = 20_000
+NOTES = 100
+_NODE_CLASSES = frozenset(STATUSES.index(name) for name in ("crash", "resource"))
 _TICK_S = 0.2
 _LOOK_EVERY_S = 2.0
+_WATCH_EVERY_S = 1.0
+_WRITE_EVERY_S = 5.0
+_FIRST_WAIT_S = 5.0
+_LONGEST_WAIT_S = 120.0
+_GONE_LIMIT_S = 30.0
 
 
 @dataclass(slots=True)
@@ -91,6 +119,45 @@ class Summary:
     workers: int
     lost_bundles: int
     notes: list[str]
+    node_hours: float = 0.0
+    bad_nodes: dict[str, str] = field(default_factory=dict)
+
+
+class Notes:
+    """What a run has to say to its user: the last of it, events of one kind summed up."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, str] = OrderedDict()
+        self._left_out = 0
+
+    def add(self, text: str, key: str = "") -> None:
+        """Add a note, or replace the one with the same key."""
+        self._lines[key or text] = text
+        while len(self._lines) > NOTES:
+            self._lines.popitem(last=False)
+            self._left_out += 1
+
+    def lines(self) -> list[str]:
+        """Return the notes in the order in which they came."""
+        more = [f"{self._left_out} earlier notes are left out"] if self._left_out else []
+        return [*more, *self._lines.values()]
+
+
+@dataclass(slots=True)
+class _Loss:
+    """A bundle whose worker pool was lost, until it is known why."""
+
+    bundle: Bundle
+    error: Any
+    since: float
+
+
+def _record(executor: Any, name: str) -> Any:
+    """Return what the scheduler says of a block; None where its provider keeps no records."""
+    try:
+        return executor.provider.record(executor.blocks_to_job_id[name])
+    except (AttributeError, KeyError):
+        return None
 
 
 def _without_failures(index: KeyIndex, retry: bool) -> KeyIndex:
@@ -140,7 +207,6 @@ class Driver:
         self.draining = False
         self._max_node_hours = max_node_hours
         self._drain_at = drain_at if drain_at is not None else block.driver_drain_time()
-        self._forget_nodes = forget_nodes
         self._told = False
         self._training: Callable[[TrainJob], Future[TrainReceipt]] | None = None
         self._training_words = ""
@@ -148,6 +214,27 @@ class Driver:
         self._interrupts = 0
         self._done: queue.SimpleQueue[tuple[Bundle, Future[Receipt]]] = queue.SimpleQueue()
         self._flying: dict[str, Bundle] = {}
+        self._flying_in: Counter[str] = Counter()
+        self._submitted_s: dict[str, float] = {}
+        self._unexplained: list[_Loss] = []
+        self._loss_items: Counter[str] = Counter()
+        self._deferred: list[tuple[float, int, int, Item]] = []
+        self._arrivals = 0
+        self._idle_looks = 0
+        self._watched = 0.0
+        self._written = 0.0
+        self._blocks_written = -1
+        self._digest = ""
+        self._worked: set[tuple[str, str]] = set()
+        self._short_lived: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
+        self._suspects: OrderedDict[bytes, tuple[str, int, Item, int]] = OrderedDict()
+        self._classes: Counter[int] = Counter()
+        before = progress.read(self.store.path) or progress.ProgressFile()
+        self._left_behind = before.blocks
+        self._hours_before = before.node_hours + fleet.hours_meanwhile(before.blocks, before.time_s)
+        self.nodes = Nodes({} if forget_nodes else before.bad_nodes)
+        self.fleet = fleet.Fleet({})
+        self._executors: dict[str, Any] = {}
         self._orphans: list[tuple[int, Item]] = []
         self._parent_looks = 0
         self._compactor: subprocess.Popen[bytes] | None = None
@@ -163,7 +250,7 @@ class Driver:
         self._reader: subprocess.Popen[bytes] | None = None
         self._failed_blocks: dict[str, int] = {}
         self._forgiven_blocks: dict[str, int] = {}
-        self.notes: list[str] = []
+        self.notes = Notes()
 
     def run(self) -> Summary:
         """Run until all is done, or drained; raise RunError when it cannot go on."""
@@ -176,7 +263,7 @@ class Driver:
                     self.store.path / "control" / "campaign_file.json", json.dumps(origin).encode()
                 )
                 (self.store.path / "inbox" / self.run_id).mkdir(exist_ok=True)
-                digest = sources_digest(files, self.campaign.molecules)
+                digest = self._digest = sources_digest(files, self.campaign.molecules)
                 folder = ingest.plan_folder(self.store, digest)
                 ingest.mend(folder)
                 if not ingest.is_complete(folder):
@@ -190,11 +277,13 @@ class Driver:
                     self.stream = Stream(self.plan, folder, index, estimates)
                     self._loop(lock, apps)
                     self._train(lock)
+                    self._write_progress()
                 self._stop_process(self._compactor)
                 self._compactor = None
                 self._wait_process(self._compact(), "compaction")
                 return self._summary()
         finally:
+            self._last_word()
             for process in (self._reader, self._compactor):
                 if process is not None and process.poll() is None:
                     process.kill()
@@ -238,6 +327,7 @@ class Driver:
         logging.getLogger("parsl").setLevel(logging.CRITICAL)
         prepare(self.site, self.store.path / "logs" / self.run_id)
         os.environ[DRIVER_PID] = str(os.getpid())
+        self._clear_the_way()
         self._tolerate_lost_blocks()
         try:
             kernel = parsl.load(self.site.config)
@@ -246,15 +336,20 @@ class Driver:
         try:
             pools = self.campaign.pools
             self._executors = {pool: kernel.executors[pool] for pool in pools}
+            self.fleet = fleet.Fleet(self._executors, self._hours_before, self.nodes.bad)
             for executor in self._executors.values():
                 if (client := getattr(executor, "command_client", None)) is not None:
                     # Parsl would wait for ever for the answer of an interchange that died.
                     client.run = functools.partial(client.run, timeout_s=ANSWER_LIMIT_S)
 
             def app(function: Callable[..., Any], pool: str) -> Any:
-                return parsl.python_app(
+                made = parsl.python_app(
                     function, data_flow_kernel=kernel, executors=[pool], cache=False
                 )
+                wanted = self.site.resource_specification(pool)
+                if not wanted:
+                    return made
+                return functools.partial(made, parsl_resource_specification=wanted)
 
             if self.campaign.train is not None:
                 self._training = app(run_training, self.campaign.train.pool)
@@ -262,7 +357,24 @@ class Driver:
         finally:
             with contextlib.suppress(Exception):
                 kernel.cleanup()
+            # Parsl leaves blocks behind where its interchange or its executor broke down.
+            self.fleet.cancel_all(_GONE_LIMIT_S)
             parsl.clear()
+
+    def _clear_the_way(self) -> None:
+        """End what an earlier driver left behind; prepare the pools for what is known already."""
+        executors: list[Any] = list(self.site.config.executors)
+        if gone := fleet.cancel_leftovers(executors, self._left_behind):
+            self.notes.add(
+                f"{len(gone)} blocks of an earlier run were cancelled: {', '.join(gone)}"
+            )
+        for executor in executors:
+            if self.nodes.bad and hasattr(executor.provider, "exclude_nodes"):
+                executor.provider.exclude_nodes(set(self.nodes.bad))
+            head, module, tail = executor.launch_cmd.partition("orchestrator.worker_pool ")
+            if module and BUNDLE_TIME not in tail:
+                option = f"{BUNDLE_TIME}{self.campaign.run.bundle_time:g} "
+                executor.launch_cmd = f"{head}{module}{option}{tail}"
 
     def _tolerate_lost_blocks(self) -> None:
         """Let a pool break down only when several blocks in a row fail with nothing done between.
@@ -271,26 +383,54 @@ class Driver:
         """
         from parsl.jobs.error_handlers import simple_error_handler
         from parsl.jobs.errors import TooManyJobFailuresError
-        from parsl.jobs.states import JobState
+
+        told: set[tuple[str, str]] = set()
 
         def judge(executor: Any, blocks: dict[str, Any]) -> None:
-            bad = (JobState.FAILED, JobState.MISSING)
-            failed = [block for block in blocks.values() if block.state in bad]
-            self._failed_blocks[executor.label] = len(failed)
-            if len(failed) - self._forgiven_blocks.get(executor.label, 0) >= BLOCK_FAILURE_LIMIT:
-                last = failed[-1]
-                words = (last.stderr_summary or last.message or "no message").strip()
-                executor.set_bad_state_and_fail_all(
-                    TooManyJobFailuresError(
-                        f"{BLOCK_FAILURE_LIMIT} blocks in a row failed, the last with exit status "
-                        f"{last.exit_code}: {words}"
-                    )
-                )
+            pool = executor.label
+            failed = [name for name in list(blocks) if self._has_failed(executor, name)]
+            self._failed_blocks[pool] = len(failed)
+            for name in failed:
+                if (pool, name) not in told:
+                    told.add((pool, name))
+                    record = _record(executor, name)
+                    if record is not None and len(record.nodes) == 1:
+                        self._short_lived.put((pool, record.nodes[0], record.words))
+            if len(failed) - self._forgiven_blocks.get(pool, 0) >= BLOCK_FAILURE_LIMIT:
+                last, record = blocks[failed[-1]], _record(executor, failed[-1])
+                words = f"{BLOCK_FAILURE_LIMIT} blocks in a row failed"
+                if last.exit_code is not None:
+                    words += f", the last with exit status {last.exit_code}"
+                if record is not None and record.words:
+                    words += f": {record.words}"
+                said = (last.stderr_summary or last.message or "no message").strip()
+                if record is None or said != record.words:
+                    words += f": {said}"
+                executor.set_bad_state_and_fail_all(TooManyJobFailuresError(words))
 
         executors: list[Any] = list(self.site.config.executors)
         for executor in executors:
             if getattr(executor, "block_error_handler", None) is simple_error_handler:
                 executor.block_error_handler = judge
+
+    def _has_failed(self, executor: Any, name: str) -> bool:
+        """Tell whether a block ended as none should: by a fault, or at once with nothing done."""
+        from parsl.jobs.states import JobState
+
+        status = executor.status_facade.get(name)
+        if status is None or not status.terminal or status.state == JobState.SCALED_IN:
+            return False
+        job = executor.blocks_to_job_id.get(name)
+        if job in self.fleet.given_back:
+            return False
+        fault = status.state in (JobState.FAILED, JobState.MISSING)
+        record = _record(executor, name)
+        if record is None or record.state != "ended":
+            return fault
+        if (executor.label, name) not in self._worked:
+            lived = (record.end_s or 0.0) - record.start_s if record.start_s else 0.0
+            return lived < SHORT_BLOCK_S or (fault and record.reason not in fleet.KNOWN_ENDS)
+        return fault and record.reason not in fleet.KNOWN_ENDS
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -320,10 +460,14 @@ class Driver:
         job = TrainJob(
             str(self.campaign.training_file), str(self.store.path), self.store.name, self.run_id
         )
-        receipt = drive(self._training, job, tick)
+        while True:
+            receipt = drive(self._training, job, tick)
+            if receipt.finished or self.draining:
+                break
+            # The end of its block: it goes on in the next one.
         self._training_words = ""
         self._trained = receipt.finished
-        self.notes.append(f"{receipt.words}; {receipt.output}")
+        self.notes.add(f"{receipt.words}; {receipt.output}")
 
     def _loop(self, lock: DriverLock, apps: dict[str, Any]) -> None:
         workers = self.site.pools()
@@ -331,17 +475,77 @@ class Driver:
             self._beat(lock)
             self._absorb()
             self._check_reader()
+            self._watch()
+            self._explain_losses()
             if not self.draining:
+                self._wake()
                 self._refill()
                 for pool, app in apps.items():
                     self._submit(pool, app, workers[pool])
             self._check_executors()
             self._maybe_compact()
             self.show(self._progress(workers))
-            if not self._flying and (self.draining or self._finished()):
+            if self.draining and self._nothing_runs():
+                return
+            waiting = self._unexplained or self._deferred
+            if not self._flying and not waiting and (self.draining or self._finished()):
                 return
             if not self._flying:
                 time.sleep(0.05)
+
+    def _nothing_runs(self) -> bool:
+        """Tell, while draining, whether what was submitted still waits for workers."""
+        if not self._flying:
+            self._unexplained.clear()
+            self._deferred.clear()
+            return True
+        if self.fleet.poll(_WATCH_EVERY_S):
+            self._idle_looks = self._idle_looks + 1 if self.fleet.tasks == 0 else 0
+        # A result may be on its way from the worker pool to here.
+        return self._idle_looks >= 3
+
+    def _watch(self) -> None:
+        """Once a second: the user's word, the limits, the blocks, and the file that tells."""
+        now = time.monotonic()
+        if now - self._watched < _WATCH_EVERY_S:
+            return
+        self._watched = now
+        asked = lock.stop_requested(self.store.path, self.run_id)
+        if asked == "now":
+            raise KeyboardInterrupt
+        if asked == "drain":
+            self.draining = True
+        self.fleet.poll()
+        used = self.fleet.node_hours()
+        if self._max_node_hours is not None and used >= self._max_node_hours and not self.draining:
+            self.draining = True
+            self.notes.add(
+                f"stopped: {used:.2f} node-hours are used, of {self._max_node_hours:g} allowed "
+                "(--max-node-hours counts all runs of a campaign)"
+            )
+        if self._drain_at is not None and time.time() >= self._drain_at and not self.draining:
+            self.draining = True
+            self.notes.add("stopped: the driver's own batch job is about to end")
+        self._judge_short_lived()
+        blocks = sum(len(executor.blocks_to_job_id) for executor in self._executors.values())
+        if now - self._written > _WRITE_EVERY_S or blocks != self._blocks_written:
+            self._blocks_written = blocks
+            self._write_progress()
+
+    def _wake(self) -> None:
+        """Take up again the items that found no block with enough time left."""
+        now = time.monotonic()
+        fresh = self.fleet.arrivals != self._arrivals
+        self._arrivals = self.fleet.arrivals
+        while self._deferred and (fresh or self._deferred[0][0] <= now):
+            _, _, stage, item = heapq.heappop(self._deferred)
+            self.stream.push(stage, item)
+
+    def _defer(self, stage: int, item: Item) -> None:
+        wait = min(_FIRST_WAIT_S * 2.0 ** min(item.waits, 10), _LONGEST_WAIT_S)
+        self._serial += 1
+        item = item._replace(waits=item.waits + 1)
+        heapq.heappush(self._deferred, (time.monotonic() + wait, self._serial, stage, item))
 
     def _finished(self) -> bool:
         """Whether nothing is left to submit, once nothing is under way."""
@@ -350,7 +554,7 @@ class Driver:
         if not self._orphans:
             return True
         if self._parent_looks == PARENT_LOOKS:
-            self.notes.append(
+            self.notes.add(
                 f"{len(self._orphans)} tasks wait: the geometries they start from are not found"
             )
             return True
@@ -370,14 +574,17 @@ class Driver:
             self.stream.look()
 
     def _submit(self, pool: str, app: Any, workers: int) -> None:
-        limit = workers * self.campaign.run.window
-        flying = sum(1 for bundle in self._flying.values() if bundle.stage.pool == pool)
-        while flying < limit:
-            taken = self.stream.take(pool, self.campaign.run.bundle_time, workers)
+        connected = min(self.fleet.connected[pool], workers)
+        limit = connected * self.campaign.run.window
+        limit += min(workers - connected, WAITING_BUNDLES)
+        while self._flying_in[pool] < limit:
+            taken = self.stream.take(pool, self.campaign.run.bundle_time, connected or workers)
             if taken is None:
                 return
             stage, items = taken
             self._serial += 1
+            estimate = self.stream.estimates[stage.index]
+            seconds = [estimate.seconds(item.n_atoms) for item in items]
             bundle = Bundle(
                 id=f"{self._serial:07d}",
                 run_id=self.run_id,
@@ -388,22 +595,29 @@ class Driver:
                 checkpoint_every=self.campaign.run.checkpoint_every,
                 seal_every=self.campaign.run.seal_every,
                 crash_limit=self.campaign.run.crash_limit,
+                estimates=np.array(seconds, np.float32).tobytes(),
             )
             self._flying[bundle.id] = bundle
+            self._flying_in[pool] += 1
+            self._submitted_s[bundle.id] = time.time()
             future = app(bundle)
             future.add_done_callback(lambda done, b=bundle: self._done.put((b, done)))
-            flying += 1
 
     def _absorb(self) -> None:
         """Take in finished bundles; wait a moment for the first one."""
+        from parsl.executors.high_throughput.errors import ManagerLost
+
         try:
             # All that could be submitted was: only a finished bundle or a new chunk changes that.
             bundle, future = self._done.get(timeout=_TICK_S if self._flying else 0.0)
             while True:
                 self._flying.pop(bundle.id)
+                self._flying_in[bundle.stage.pool] -= 1
                 error = future.exception()
                 if error is None:
                     self._settle(bundle, future.result())
+                elif isinstance(error, ManagerLost):
+                    self._unexplained.append(_Loss(bundle, error, time.monotonic()))
                 else:
                     self._recover(bundle, error)
                 bundle, future = self._done.get_nowait()
@@ -425,16 +639,145 @@ class Driver:
         ok = status == 0
         atoms = np.array([item.n_atoms for item in bundle.items], np.int64)
         self.stream.estimates[stage].learn(atoms[ok], wall[ok])
+        bad = receipt.node in self.nodes.bad
         for i, (item, code) in enumerate(zip(bundle.items, status.tolist(), strict=True)):
-            if code == NOT_STARTED:
+            if code == NOT_STARTED or (bad and code in _NODE_CLASSES):
                 self.stream.push(stage, item)
+            elif code == TOO_LONG:
+                self._defer(stage, item)
+            elif code == CUT_OFF:
+                self._cut_off(bundle.stage, item)
             elif code == NO_PARENT:
                 self._orphans.append((stage, item))
             else:
-                self._done_now += 1
-                self.stream.finished(stage, item, code == 0, receipt.shards[where[i]])
+                if code in _NODE_CLASSES:
+                    self._suspect(receipt.node, stage, item, code)
+                self._finish(stage, item, code, receipt.shards[where[i]])
+        self._submitted_s.pop(bundle.id, None)
+        if (status < len(STATUSES)).any():
+            self._worked.add((pool, receipt.block))
+        failed = int(np.isin(status, list(_NODE_CLASSES)).sum())
+        why = self.nodes.add(pool, bundle.stage.name, receipt.node, int(ok.sum()), failed)
+        if why:
+            self._set_node_aside(receipt.node, why)
+        if receipt.broken:
+            self._broken(pool, receipt.node, receipt.broken)
 
-    def _recover(self, bundle: Bundle, error: BaseException) -> None:
+    def _finish(self, stage: int, item: Item, code: int, path: str) -> None:
+        self._done_now += 1
+        if code:
+            self._classes[code] += 1
+        self.stream.finished(stage, item, code == 0, path)
+
+    # -- nodes ------------------------------------------------------------------------------
+
+    def _suspect(self, node: str, stage: int, item: Item, code: int) -> None:
+        """Remember what failed where, in case it is the node's fault."""
+        self._suspects[item.key] = (node, stage, item, code)
+        if len(self._suspects) > SUSPECTS:
+            self._suspects.popitem(last=False)
+
+    def _broken(self, pool: str, node: str, words: str) -> None:
+        """Take in that nothing can run on a node; end the run where there is no other."""
+        enough = self.nodes.broken(pool, node)
+        if node in self.nodes.bad:
+            return
+        if enough:
+            self._set_node_aside(node, words)
+            return
+        times = self.nodes.times_broken(node)
+        if self.nodes.works_elsewhere(pool, node) or times < BROKEN_LIMIT:
+            return
+        can_avoid = hasattr(self._executors[pool].provider, "exclude_nodes")
+        others = self.site.nodes().get(pool, 1) > 1 and can_avoid
+        if others and self.nodes.broken_nodes() < BLOCK_FAILURE_LIMIT:
+            self._set_node_aside(node, words)
+            return
+        raise RunError(words)
+
+    def _judge_short_lived(self) -> None:
+        """Count blocks that ended at once against their nodes."""
+        while True:
+            try:
+                pool, node, words = self._short_lived.get_nowait()
+            except queue.Empty:
+                return
+            if node not in self.nodes.bad and self.nodes.broken(pool, node):
+                self._set_node_aside(node, f"blocks end there as soon as they begin: {words}")
+
+    def _set_node_aside(self, node: str, why: str) -> None:
+        """Use a node no more, and compute elsewhere what failed on it."""
+        self.nodes.bad[node] = why
+        for executor in self._executors.values():
+            if hasattr(executor.provider, "exclude_nodes"):
+                executor.provider.exclude_nodes({node})
+        again = [found for found in self._suspects.values() if found[0] == node]
+        for _, stage, item, code in again:
+            del self._suspects[item.key]
+            self._classes[code] -= 1
+            self._done_now -= 1
+            self.stream.reopen(stage, item)
+        more = f"; {len(again)} items are computed again elsewhere" if again else ""
+        self.notes.add(f"node {node} is set aside: {why}{more}")
+
+    # -- losses -----------------------------------------------------------------------------
+
+    def _explain_losses(self) -> None:
+        """Take back what lost worker pools had, as soon as it is known why they were lost."""
+        waiting: list[_Loss] = []
+        for loss in self._unexplained:
+            pool, error = loss.bundle.stage.pool, loss.error
+            waited = float("inf") if self.draining else time.monotonic() - loss.since
+            manager = error.manager_id.decode()
+            verdict = self.fleet.verdict(pool, manager, error.hostname, waited)
+            if verdict is None:
+                waiting.append(loss)
+            elif verdict.blameless:
+                self._take_back(loss.bundle, verdict)
+            else:
+                self._recover(loss.bundle, error, verdict)
+        self._unexplained = waiting
+
+    def _take_back(self, bundle: Bundle, verdict: fleet.Verdict) -> None:
+        """Send again, uncharged, what the end of a block took away."""
+        rest = self._unsealed(bundle)
+        began = self._submitted_s.pop(bundle.id, 0.0)
+        if rest and verdict.walltime and not self._came_further(bundle, rest[0], began):
+            # In their order: the first one ran when the block ended.
+            self._cut_off(bundle.stage, rest.pop(0))
+        if rest:
+            self.stream.again.append((bundle.stage.index, rest))
+        self._note_loss(verdict, len(bundle.items), "none charged")
+
+    def _came_further(self, bundle: Bundle, item: Item, began_s: float) -> bool:
+        try:
+            return checkpoint_path(self.store.path, item.key).stat().st_mtime > began_s
+        except OSError:
+            return False
+
+    def _cut_off(self, stage: StagePlan, item: Item) -> None:
+        """Count an end of a block that left nothing of an item; not for ever."""
+        item = item._replace(cuts=item.cuts + 1)
+        if item.cuts < CUT_LIMIT:
+            self.stream.push(stage.index, item)
+            return
+        words = (
+            f"the end of its block broke it off {item.cuts} times, with nothing saved: give pool "
+            f"{stage.pool!r} a longer walltime, or choose a cheaper level for molecules like this"
+        )
+        self._set_aside(stage, item, "timeout", words, 1)
+
+    def _note_loss(self, verdict: fleet.Verdict, items: int, charged: str) -> None:
+        self._lost += 1
+        self._loss_items[verdict.event] += items
+        if len(self._loss_items) > NOTES:
+            del self._loss_items[next(iter(self._loss_items))]
+        count = self._loss_items[verdict.event]
+        self.notes.add(f"{verdict.words}: {count} items sent again, {charged}", verdict.event)
+
+    def _recover(
+        self, bundle: Bundle, error: BaseException, verdict: fleet.Verdict | None = None
+    ) -> None:
         """Take in what a lost worker had sealed, and send the rest again."""
         from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
 
@@ -446,22 +789,22 @@ class Driver:
                 f"a worker could not run a bundle of stage {bundle.stage.name!r}: "
                 f"{type(error).__name__}: {error}; logs are in {self.store.path / 'logs'}"
             ) from error
-        self._lost += 1
-        self.notes.append(f"{type(error).__name__}: {len(bundle.items)} items sent again")
-        found = self._sealed(bundle)
+        if verdict is None or not verdict.words:
+            what = "workers" if isinstance(error, WorkerLost) else "worker pools"
+            event = f"{type(error).__name__} {error.hostname}"
+            verdict = fleet.Verdict(False, f"lost {what} on {error.hostname}", event)
+        self._note_loss(verdict, len(bundle.items), "in halves, to find one that is to blame")
+        self._submitted_s.pop(bundle.id, None)
+        rest = self._unsealed(bundle)
         stage = bundle.stage.index
-        rest: list[Item] = []
-        for item in bundle.items:
-            if item.key in found:
-                status, path = found[item.key]
-                self._done_now += 1
-                self.stream.finished(stage, item, status == "ok", path)
-            else:
-                rest.append(item)
         if len(rest) == 1:
             item = rest[0]._replace(losses=rest[0].losses + 1)
             if item.losses >= LOSS_LIMIT:
-                self._set_aside(bundle.stage, item, error)
+                words = (
+                    f"its worker was lost {item.losses} times while it ran alone "
+                    f"({verdict.words}; {error})"
+                )
+                self._set_aside(bundle.stage, item, "lost", words, item.losses)
             else:
                 self.stream.again.append((stage, [item]))
         elif rest:
@@ -469,6 +812,18 @@ class Driver:
             half = len(rest) // 2
             self.stream.again.append((stage, rest[:half]))
             self.stream.again.append((stage, rest[half:]))
+
+    def _unsealed(self, bundle: Bundle) -> list[Item]:
+        """Take in what a lost worker had sealed; return the rest."""
+        found = self._sealed(bundle)
+        rest: list[Item] = []
+        for item in bundle.items:
+            if item.key in found:
+                status, path = found[item.key]
+                self._finish(bundle.stage.index, item, STATUSES.index(status), path)
+            else:
+                rest.append(item)
+        return rest
 
     def _sealed(self, bundle: Bundle) -> dict[bytes, tuple[str, str]]:
         found: dict[bytes, tuple[str, str]] = {}
@@ -481,21 +836,22 @@ class Driver:
                     found[keys[16 * i : 16 * i + 16]] = (status, str(path))
         return found
 
-    def _set_aside(self, stage: StagePlan, item: Item, error: BaseException) -> None:
+    def _set_aside(
+        self, stage: StagePlan, item: Item, status: str, message: str, attempts: int
+    ) -> None:
         record = task_record(
             item,
             stage,
-            status="lost",
-            message=f"its worker was lost {item.losses} times while it ran alone ({error})",
-            attempts=item.losses,
+            status=status,
+            message=message,
+            attempts=attempts,
             started_s=time.time(),
         )
         folder = self.store.path / "inbox" / self.run_id
         shard.seal(
             folder, f"aside-{item.key.hex()}", [from_records("tasks", [record])], self.store.name
         )
-        self._done_now += 1
-        self.stream.finished(stage.index, item, False, "")
+        self._finish(stage.index, item, STATUSES.index(status), "")
 
     # -- watching ---------------------------------------------------------------------------
 
@@ -586,7 +942,10 @@ class Driver:
             core_s=self._core_s,
             in_flight=len(self._flying),
             draining=self.draining,
-            notes=[*self.notes[-3:], *([self._training_words] if self._training_words else [])],
+            notes=[
+                *self.notes.lines()[-3:],
+                *([self._training_words] if self._training_words else []),
+            ],
         )
 
     def _summary(self) -> Summary:
@@ -606,5 +965,49 @@ class Driver:
             core_s=self._core_s,
             workers=sum(self.site.pools().values()),
             lost_bundles=self._lost,
-            notes=self.notes,
+            notes=self.notes.lines(),
+            node_hours=self.fleet.node_hours(),
+            bad_nodes=dict(self.nodes.bad),
         )
+
+    def _write_progress(self, *, ended: bool = False) -> None:
+        self._written = time.monotonic()
+        elapsed = time.monotonic() - self._started
+        counts = self.counts()
+        classes = self.stream.failures + self._classes
+        failures = {STATUSES[code]: count for code, count in classes.items() if count > 0}
+        if self.stream.bad_entries:
+            failures["input"] = failures.get("input", 0) + self.stream.bad_entries
+        path = self.site.name.endswith((".py", ".toml"))
+        progress.write(
+            self.store.path,
+            progress.ProgressFile(
+                run_id=self.run_id,
+                site=os.path.abspath(self.site.name) if path else self.site.name,
+                time_s=time.time(),
+                digest=self._digest,
+                plan_complete=self.stream.plan_complete,
+                entries=self.stream.entries,
+                bad_entries=self.stream.bad_entries,
+                stages=counts,
+                failures=failures,
+                blocks=self.fleet.blocks(),
+                bad_nodes=dict(self.nodes.bad),
+                node_hours=self.fleet.node_hours(),
+                rate=self._done_now / elapsed if elapsed else 0.0,
+                left_s=self._progress(self.site.pools()).left_s,
+                workers=sum(self.fleet.connected.values()),
+                draining=self.draining,
+                notes=self.notes.lines(),
+                complete=self.stream.exhausted
+                and all(c.waiting == 0 for c in counts)
+                and self._trained,
+                ended=ended,
+            ),
+        )
+
+    def _last_word(self) -> None:
+        """Leave behind how it ended, also where that was an error; it must not hide another."""
+        if hasattr(self, "stream"):
+            with contextlib.suppress(Exception):
+                self._write_progress(ended=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from orchestrator import ingest
 from orchestrator.columns import key_words
 from orchestrator.key_index import ABSENT, KeyIndex
 from orchestrator.plan import Item, Plan, Root, StagePlan, standing
+from orchestrator.tally import tally
 
 MAX_ITEMS = 2000
 FIRST_S = 1.0
@@ -93,6 +94,8 @@ class Stream:
         self.failed = [0] * n
         self.upstream = [0] * n
         self.ok_before = 0
+        # Of those that had failed before, by their code in `schema.STATUSES`.
+        self.failures: Counter[int] = Counter()
 
     def look(self) -> None:
         """See how far the reading of the molecule files has come."""
@@ -128,8 +131,12 @@ class Stream:
                 self.look()
             if self._read == len(self._chunks):
                 return False
-            self._roots = ingest.read_roots(self._chunks[self._read], self.plan)
+            chunk = self._chunks[self._read]
+            if not self._is_over(chunk):
+                self._roots = ingest.read_roots(chunk, self.plan)
             self._read += 1
+            if not self._roots:
+                return True
         roots, self._roots = self._roots[: self._slice], self._roots[self._slice :]
         stand = standing(self.plan, roots, self._index)
         for s in range(len(self.plan.stages)):
@@ -140,6 +147,23 @@ class Stream:
             for item in stand.ready[s]:
                 self.push(s, item)
         self.ok_before += sum(stand.ok)
+        self.failures += stand.failures
+        return True
+
+    def _is_over(self, chunk: ingest.Chunk) -> bool:
+        """Tell whether nothing of a chunk is left to do; if so, count it without making items."""
+        if not len(self._index):
+            return False
+        counts = tally(self.plan, ingest.read_origins(chunk, self.plan)[0], self._index)
+        if (counts.finished < counts.planned).any():
+            return False
+        for s in range(len(self.plan.stages)):
+            self._pulled[s] += int(counts.planned[s])
+            self.ok[s] += int(counts.ok[s])
+            self.failed[s] += int(counts.failed[s])
+            self.upstream[s] += int(counts.upstream[s])
+        self.ok_before += int(counts.ok.sum())
+        self.failures += counts.failures
         return True
 
     def push(self, stage: int, item: Item) -> None:
@@ -156,21 +180,31 @@ class Stream:
         self.ok[stage] += 1
         for child in self.plan.children[stage]:
             key = self.plan.stages[child].key(item.key, item.conformer)
-            next_item = item._replace(key=key, parent_key=item.key, hint=shard, losses=0)
+            next_item = item._replace(
+                key=key, parent_key=item.key, hint=shard, losses=0, cuts=0, waits=0
+            )
             if self._index.get(*key_words(key)) == ABSENT:
                 self.push(child, next_item)
 
-    def _cut(self, stage: int, key: bytes, conformer: int) -> None:
+    def reopen(self, stage: int, item: Item) -> None:
+        """Take back a failure that has been counted, and have the item computed again."""
+        self.failed[stage] -= 1
+        self._cut(stage, item.key, item.conformer, back=True)
+        self.push(stage, item)
+
+    def _cut(self, stage: int, key: bytes, conformer: int, *, back: bool = False) -> None:
+        """Count what can never start after a failure; or, ``back``, what can after all."""
+        one = -1 if back else 1
         for child in self.plan.children[stage]:
             child_key = self.plan.stages[child].key(key, conformer)
             # Known where the parent's row was lost to a damaged file, and its own was not.
             code = self._index.get(*key_words(child_key))
             if code == 0:
-                self.ok[child] -= 1
+                self.ok[child] -= one
             elif code != ABSENT:
-                self.failed[child] -= 1
-            self.upstream[child] += 1
-            self._cut(child, child_key, conformer)
+                self.failed[child] -= one
+            self.upstream[child] += one
+            self._cut(child, child_key, conformer, back=back)
 
     def backlog(self) -> int:
         """Return the number of items ready to run."""

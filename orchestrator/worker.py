@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,23 +15,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator import child, shard
+from orchestrator import block, child, shard
 from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
-from orchestrator.guard import Guard
+from orchestrator.guard import CUT, Guard, StillbornError
 from orchestrator.kernel_calls import Call, Payload, batches
 from orchestrator.plan import FROM_NO_GEOMETRY, NO_KEY, Item, StagePlan
 from orchestrator.schema import STATUSES
 
 NOT_STARTED = 255
 NO_PARENT = 254
+CUT_OFF = 253
+TOO_LONG = 252
+# Kernels that save their state as they go, and so lose little to the end of a block.
+SAVING = frozenset({"relax", "single_points"})
+# Estimates are averages: an item is begun where twice as much is left of its block, or where the
+# block is so fresh that no other would leave it more.
+_SAFETY = 2.0
+_FRESH_SHARE = 0.75
+_SAVING_SHARE = 0.1
+_SAVING_S = 2.0
 _SEAL_BYTES = 64 << 20
 _CONTROL_PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Items of one stage that one worker runs in one go."""
+    """Items of one stage that one worker runs in one go.
+
+    ``estimates`` (K,) f4: expected seconds of each item; empty where nobody knows.
+    """
 
     id: str
     run_id: str
@@ -42,18 +55,24 @@ class Bundle:
     checkpoint_every: float
     seal_every: float
     crash_limit: int
+    estimates: bytes = b""
 
 
 @dataclass(slots=True)
 class Receipt:
     """What became of a bundle's items, in their order; the results themselves are in shards.
 
-    status (K,) u1: index into `schema.STATUSES`, or NOT_STARTED / NO_PARENT; shard (K,) u2:
-    index into ``shards``; cpu_s, wall_s (K,) f4.
+    status (K,) u1: index into `schema.STATUSES`, or NOT_STARTED, NO_PARENT, CUT_OFF (broken off by
+    its block's end, with no state saved), TOO_LONG (for what was left of the block); shard (K,) u2:
+    index into ``shards``; cpu_s, wall_s (K,) f4. ``manager`` and ``block`` are Parsl's names of
+    where it ran; ``broken`` says why nothing can run there.
     """
 
     bundle: str
-    host: str
+    node: str
+    manager: str = ""
+    block: str = ""
+    broken: str = ""
     shards: list[str] = field(default_factory=list)
     status: bytes = b""
     shard: bytes = b""
@@ -117,15 +136,21 @@ def task_record(
 
 
 class Control:
-    """The driver's word to its workers, read at most once a second: go on, drain, or another."""
+    """The driver's word to its workers, read at most once a second: go on, drain, or another.
+
+    What is left of the block around them is asked here too.
+    """
 
     def __init__(self, store: Path, run_id: str) -> None:
         self._path = store / "control" / "driver.json"
         self._run_id = run_id
         self._read = 0.0
         self._stop = False
+        self.stop_at = block.stop_time() or math.inf
 
     def should_stop(self) -> bool:
+        if time.time() >= self.stop_at:
+            return True
         now = time.monotonic()
         if now - self._read > _CONTROL_PERIOD_S:
             self._read = now
@@ -208,7 +233,7 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
     where: list[int] = []
     payloads: list[Payload] = []
     store = Path(bundle.store)
-    long = bundle.stage.kernel in ("relax", "single_points")
+    long = bundle.stage.kernel in SAVING
     for i, item in enumerate(bundle.items):
         numbers, positions = parents.get(item.parent_key, (None, None))
         if needs_geometry and positions is None:
@@ -240,10 +265,10 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
 class _Batch:
     """Rows that wait to be sealed together."""
 
-    def __init__(self, bundle: Bundle, host: str, block: str) -> None:
+    def __init__(self, bundle: Bundle, host: str, job: str) -> None:
         self.bundle = bundle
         self.host = host
-        self.block = block
+        self.job = job
         self.sealed = 0
         self._clear()
 
@@ -272,7 +297,7 @@ class _Batch:
         record.update(
             ladder=ladder,
             host=self.host,
-            block=self.block,
+            block=self.job,
             worker_pid=os.getpid(),
             wall_s=outcome["wall_s"],
             cpu_s=outcome["cpu_s"],
@@ -317,41 +342,54 @@ class _Batch:
 
 def run_bundle(bundle: Bundle) -> Receipt:
     """Run a bundle and return its receipt (called by Parsl in a worker process)."""
-    guard = _own_guard()
-    host = socket.gethostname()
-    block = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or ""
-    block = block or f"local-{os.environ.get('PARSL_WORKER_BLOCK_ID', '0')}"
-    receipt = Receipt(bundle.id, host)
+    node = block.node_name()
+    local = os.environ.get("PARSL_WORKER_BLOCK_ID", "0")
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or f"local-{local}"
+    receipt = Receipt(bundle.id, node, os.environ.get("PARSL_WORKER_POOL_ID", ""), local)
     n = len(bundle.items)
     status = np.full(n, NOT_STARTED, np.uint8)
     shard_of = np.zeros(n, np.uint16)
     cpu = np.zeros(n, np.float32)
     wall = np.zeros(n, np.float32)
     control = Control(Path(bundle.store), bundle.run_id)
-    if not control.should_stop():
-        where, payloads = _payloads(bundle)
-        status[:] = NO_PARENT
-        status[where] = NOT_STARTED
-        batch = _Batch(bundle, host, block)
+    batch = _Batch(bundle, node, job)
+    try:
+        guard = _own_guard()
         restarts = guard.restarts
+        where: list[int] = []
+        payloads: list[Payload] = []
+        if not control.should_stop():
+            where, payloads = _payloads(bundle)
+            status[:] = NO_PARENT
+            status[where] = NOT_STARTED
 
         def seal_if_due() -> None:
             if batch.full():
                 receipt.shards.append(str(batch.seal()))
 
-        for index, outcome in _outcomes(guard, bundle, payloads, control, seal_if_due):
+        for index, outcome in _outcomes(guard, bundle, where, payloads, control, seal_if_due):
             i = where[index]
+            if outcome["status"] == child.UNFIT:
+                status[i] = TOO_LONG
+                continue
             receipt.first_start = receipt.first_start or outcome["started_s"]
             cpu[i], wall[i] = outcome["cpu_s"], outcome["wall_s"]
             if outcome["status"] == "open":
+                continue
+            if outcome["status"] == CUT:
+                saved = _saved_since(bundle, bundle.items[i], outcome["started_s"])
+                status[i] = NOT_STARTED if saved else CUT_OFF
                 continue
             batch.add(bundle.items[i], outcome)
             status[i] = STATUSES.index(outcome["status"])
             shard_of[i] = len(receipt.shards)
             seal_if_due()
-        if len(batch):
-            receipt.shards.append(str(batch.seal()))
         receipt.restarts = guard.restarts - restarts
+    except (StillbornError, OSError, ImportError) as exc:
+        # What is wrong here may be right on other nodes; the driver sees to that.
+        receipt.broken = str(exc) if isinstance(exc, StillbornError) else f"{node}: {exc!r}"
+    if len(batch):
+        receipt.shards.append(str(batch.seal()))
     receipt.status = status.tobytes()
     receipt.shard = shard_of.tobytes()
     receipt.cpu_s = cpu.tobytes()
@@ -359,9 +397,37 @@ def run_bundle(bundle: Bundle) -> Receipt:
     return receipt
 
 
+def _saved_since(bundle: Bundle, item: Item, started_s: float) -> bool:
+    """Tell whether a broken off item has come further, and left that on disk."""
+    try:
+        path = checkpoint_path(Path(bundle.store), item.key)
+        return bundle.stage.kernel in SAVING and path.stat().st_mtime > started_s
+    except OSError:
+        return False
+
+
+def needs(bundle: Bundle, whole_s: float) -> list[float]:
+    """Return how many seconds must be left of a block of ``whole_s`` to begin each item."""
+    fresh = _FRESH_SHARE * whole_s
+    if not bundle.estimates:
+        return [0.0] * len(bundle.items)
+    found: list[float] = []
+    for item, seconds in zip(
+        bundle.items, np.frombuffer(bundle.estimates, np.float32), strict=True
+    ):
+        wanted = min(_SAFETY * float(seconds), bundle.stage.time_limit)
+        if bundle.stage.kernel in SAVING:
+            wanted = min(wanted, max(_SAVING_SHARE * float(seconds), _SAVING_S))
+        elif item.cuts:
+            wanted = fresh
+        found.append(min(wanted, fresh))
+    return found
+
+
 def _outcomes(
     guard: Guard,
     bundle: Bundle,
+    where: list[int],
     payloads: list[Payload],
     control: Control,
     on_wait: Callable[[], None],
@@ -376,9 +442,14 @@ def _outcomes(
         gpu=stage.pool != "cpu",
         memory_limit=stage.memory_limit,
     )
+    whole_s = control.stop_at - (block.block_start() or time.time())
+    wanted = needs(bundle, whole_s) if math.isfinite(whole_s) else [0.0] * len(bundle.items)
     return guard.run(
         common,
         payloads,
+        needs=[wanted[i] for i in where],
+        stop_at=control.stop_at,
+        cut_at=block.cut_time() or math.inf,
         batches=batches(common, payloads),
         time_limit=stage.time_limit,
         memory_limit=stage.memory_limit,

@@ -2,7 +2,8 @@
 
 The pool's own helpers (multiprocessing's resource tracker and shared-state server) do not notice
 when its manager is killed, and a manager whose interchange dies while it connects waits for ever.
-Here what is left of the process group is ended in both cases.
+Here what is left of the process group is ended in both cases. And a pool in a batch job takes no
+more work shortly before its end, so that it ends by itself.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import subprocess
 import sys
 import time
 
+from orchestrator import block
 from orchestrator.child import die_with_parent
 
+BUNDLE_TIME = "--bundle_time="
 _INNER = "--inner"
 _CONNECT_S = 2.0
+_LEAST_S = 5
 
 
 def _become_pool(arguments: list[str]) -> None:
@@ -56,6 +60,22 @@ def _watch(pool: subprocess.Popen[bytes], addresses: list[str], port: int, limit
                 return 1
 
 
+def _until_the_end(bundle_time_s: float) -> list[str]:
+    """Tell the workers when their block ends; return the manager's arguments that drain it."""
+    os.environ.pop(block.END, None)
+    os.environ[block.DEVICES] = block.given_devices(os.environ)
+    end = block.block_end()
+    if end is None:
+        return []
+    os.environ[block.END] = str(end)
+    os.environ.setdefault(block.START, str(time.time()))
+    margin = block.drain_margin(block.whole_walltime(end), bundle_time_s)
+    left = int(end - margin - time.time())
+    if left < _LEAST_S:
+        sys.exit(f"the block ends in {end - time.time():.0f} s: too soon to begin anything")
+    return [f"--drain_period={left}"]
+
+
 def main() -> None:
     """Run ``process_worker_pool.py`` with the arguments given, and clean up behind it."""
     if sys.argv[1:2] == [_INNER]:
@@ -64,8 +84,12 @@ def main() -> None:
     parser.add_argument("-a", dest="addresses", default="")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--hb_threshold", type=float, default=120.0)
+    parser.add_argument(BUNDLE_TIME.strip("="), dest="bundle_time", type=float, default=10.0)
     known, _ = parser.parse_known_args()
-    command = [sys.executable, "-m", "orchestrator.worker_pool", _INNER, *sys.argv[1:]]
+    # The last of an option given twice counts.
+    arguments = [word for word in sys.argv[1:] if not word.startswith(BUNDLE_TIME)]
+    arguments += _until_the_end(known.bundle_time)
+    command = [sys.executable, "-m", "orchestrator.worker_pool", _INNER, *arguments]
     pool = subprocess.Popen(command, process_group=0)
 
     def forward(number: int, frame: object) -> None:
