@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: help quickstart test test-slow lint bench clean
+.PHONY: help quickstart test test-slow chaos lint bench clean
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,10 @@ test: $(VENV)/.installed-dev  ## Run the test suite (minutes); slow physics is l
 
 test-slow: $(VENV)/.installed-dev  ## Run the slow tests, which `make test` leaves out.
 	$(BIN)/python -m pytest -m slow
+
+MINUTES ?= 20
+chaos: $(VENV)/.installed-dev  ## Disturb a campaign on a real SLURM for MINUTES=20 (root, slurm-wlm, munge).
+	$(BIN)/python -m benchmarks.chaos --minutes $(MINUTES)
 
 lint: $(VENV)/.installed-dev  ## Check style and types.
 	$(BIN)/ruff format --check .

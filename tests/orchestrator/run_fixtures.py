@@ -81,13 +81,14 @@ def write_campaign(
 class Run:
     """One `basin run` under way, with everything that it started."""
 
-    def __init__(self, campaign: Path, *arguments: str, workers: int = 2) -> None:
+    def __init__(self, campaign: Path, *arguments: str, workers: int | None = 2) -> None:
         log = campaign.with_name(f"log-{uuid.uuid4().hex[:8]}.txt")
         self._log = open(log, "w")  # noqa: SIM115
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "orchestrator.cli", "run", str(campaign)),
-                *(f"--workers={workers}", "--json", *arguments),
+                *([] if workers is None else [f"--workers={workers}"]),
+                *("--json", *arguments),
             ],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
