@@ -173,9 +173,9 @@ class PBS(Scheduler):
         return {job_id: str(job.get("Job_Name", "")) for job_id, job in found.items() if job}
 
     def find(self, name: str) -> str | None:
-        """The id of our job of that name, if the scheduler lists it."""
+        """The id of our job of that name; "" where there is none, None where nobody answers."""
         status, out, _ = run(f"qselect -N {name}", self.timeout_s)
-        return next(iter(out.split()), None) if status == 0 else None
+        return next(iter(out.split()), "") if status == 0 else None
 
     def job_id(self, output: str) -> str | None:
         """The id, which is all that qsub prints."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -148,9 +147,7 @@ class ResilientProvider(_Base):
                 name=Path(script).name,
                 walltime_s=walltime_s,
                 stderr=Path(f"{script}.stderr"),
-                submitted_s=time.time(),
                 waiting_command="" if job_id else self._command,
-                may_be_there=not job_id and "did not answer" in error,
             )
             self.submitted += 1
             own_id = block.record.job_id

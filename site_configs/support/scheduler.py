@@ -59,13 +59,12 @@ class Block:
     name: str
     walltime_s: float
     stderr: Path
-    submitted_s: float
     looks_without: int = 0
     missing_since_s: float = 0.0
     given_back: bool = False
+    listed: bool = False
     # The command that is still to be run: the scheduler could not be reached, or took no more.
     waiting_command: str = ""
-    may_be_there: bool = False
 
 
 def run(command: str, timeout_s: float) -> tuple[int, str, str]:
@@ -141,7 +140,7 @@ class Scheduler(ABC):
 
     @abstractmethod
     def find(self, name: str) -> str | None:
-        """The id of our job of that name, if the scheduler lists it."""
+        """The id of our job of that name; "" where there is none, None where nobody answers."""
 
     # -- blocks ------------------------------------------------------------------------------
 
@@ -173,7 +172,11 @@ class Scheduler(ABC):
             if ids:
                 self._take(ids, self._ask(ids))
             self._asked_s = time.monotonic()
-            again = [i for i in self.alive() if self.blocks[i].given_back]
+            again = [
+                i
+                for i in self.alive()
+                if self.blocks[i].given_back and not self.blocks[i].waiting_command
+            ]
             if again and self.down_since_s is None:
                 self._cancel(again)
 
@@ -200,6 +203,7 @@ class Scheduler(ABC):
                 self._missing(block)
             else:
                 block.looks_without = 0
+                block.listed = True
                 self._update(block, seen)
 
     def _update(self, block: Block, seen: Seen) -> None:
@@ -240,7 +244,8 @@ class Scheduler(ABC):
         if not block.looks_without:
             block.missing_since_s = now
         block.looks_without += 1
-        if block.looks_without < MISSING_LOOKS or now - block.missing_since_s < MISSING_GRACE_S:
+        certain = block.given_back and block.listed
+        if not certain and self._may_come_back(block, now):
             return
         record = block.record
         reason, detail = self.last_words(block)
@@ -251,6 +256,10 @@ class Scheduler(ABC):
                 reason = "walltime"
         self._update(block, Seen("ended", reason, detail, record.nodes, record.start_s))
         block.record = replace(block.record, end_s=block.missing_since_s)
+
+    @staticmethod
+    def _may_come_back(block: Block, now: float) -> bool:
+        return block.looks_without < MISSING_LOOKS or now - block.missing_since_s < MISSING_GRACE_S
 
     @staticmethod
     def _at_its_end(block: Block) -> bool:
@@ -281,26 +290,34 @@ class Scheduler(ABC):
         for block in list(self.blocks.values()):
             if not block.waiting_command or block.record.state == "ended":
                 continue
-            job_id = self.find(block.name) if block.may_be_there else None
+            # A submission that went unanswered may have come through all the same.
+            job_id = self.find(block.name)
             if job_id is None:
+                return
+            if not job_id and block.given_back:
+                self._never(block, "cancelled", "was given back before it was submitted")
+                continue
+            if not job_id:
                 status, out, error = run(block.waiting_command, self.timeout_s)
                 job_id = self.job_id(out) if status == 0 else None
+                if job_id is None and status and not self.may_come_later(error):
+                    said = " ".join(error.split()) or f"exit status {status}"
+                    self._never(block, "failed", f"was refused: {said}")
+                    continue
                 if job_id is None:
-                    block.may_be_there = status in (0, 124)
-                    if not self.may_come_later(error) and not block.may_be_there:
-                        said = " ".join(error.split()) or f"exit status {status}"
-                        block.record = replace(
-                            block.record,
-                            state="ended",
-                            reason="failed",
-                            words=f"a block of pool {block.record.pool} was refused: {said}",
-                        )
-                        block.waiting_command = ""
-                        continue
                     return  # the others would fare no better now
             block.waiting_command = ""
             block.record = replace(block.record, job_id=job_id, words="")
-            block.submitted_s = time.time()
+
+    @staticmethod
+    def _never(block: Block, reason: Reason, words: str) -> None:
+        block.waiting_command = ""
+        block.record = replace(
+            block.record,
+            state="ended",
+            reason=reason,
+            words=f"a block of pool {block.record.pool} {words}",
+        )
 
     # -- ending ------------------------------------------------------------------------------
 
@@ -309,16 +326,14 @@ class Scheduler(ABC):
         with self._lock:
             ids = [i for i in own_ids if i in self.blocks]
             for i in ids:
-                block = self.blocks[i]
-                block.given_back = True
-                if block.waiting_command and not block.may_be_there:
-                    block.waiting_command = ""
-                    block.record = replace(
-                        block.record, state="ended", reason="cancelled", words="never submitted"
-                    )
-            live = [i for i in ids if self.blocks[i].record.state != "ended"]
+                self.blocks[i].given_back = True
+            live = [
+                i
+                for i in ids
+                if self.blocks[i].record.state != "ended" and not self.blocks[i].waiting_command
+            ]
             done = set(self._cancel(live)) if live else set()
-            return {i: i in done or self.blocks[i].record.state == "ended" for i in ids}
+            return {i: i in done or i not in live for i in ids}
 
     def _cancel(self, own_ids: list[str]) -> list[str]:
         real = {self.blocks[i].record.job_id: i for i in own_ids}

@@ -153,8 +153,9 @@ class Slurm(Scheduler):
         return None if rows is None else {row[0]: row[1] for row in rows if row[0] in job_ids}
 
     def find(self, name: str) -> str | None:
-        """The id of our job of that name, if the scheduler lists it."""
-        return next((row[0] for row in self._squeue() or () if row[1] == name), None)
+        """The id of our job of that name; "" where there is none, None where nobody answers."""
+        rows = self._squeue()
+        return None if rows is None else next((row[0] for row in rows if row[1] == name), "")
 
     def job_id(self, output: str) -> str | None:
         """The id in "Submitted batch job 4711"."""
