@@ -42,6 +42,7 @@ from orchestrator.schema import STATUSES
 from orchestrator.sites import Site, prepare
 from orchestrator.store import Store
 from orchestrator.stream import Stream
+from orchestrator.tally import plan_digest
 from orchestrator.train_stage import TrainJob, TrainReceipt, drive, run_training
 from orchestrator.worker import (
     CUT_OFF,
@@ -68,12 +69,14 @@ PARENT_LOOKS = 3
 CUT_LIMIT = 3
 BLOCK_FAILURE_LIMIT = 3
 # A block that ends sooner, and did nothing, has failed whatever its scheduler says.
-SHORT_BLOCK_S = 60.0
+SHORT_BLOCK_S = 30.0
 # Bundles that wait for workers which are not there yet: enough to have their blocks asked for.
 WAITING_BUNDLES = 4096
 # Failed items that are remembered with their nodes, to be computed again where one proves bad.
 SUSPECTS = 20_000
 NOTES = 100
+# Reads of the driver's word that its file system has to stand in a second.
+CONTROL_READS_S = 2000
 _NODE_CLASSES = frozenset(STATUSES.index(name) for name in ("crash", "resource"))
 _TICK_S = 0.2
 _LOOK_EVERY_S = 2.0
@@ -596,6 +599,7 @@ class Driver:
                 seal_every=self.campaign.run.seal_every,
                 crash_limit=self.campaign.run.crash_limit,
                 estimates=np.array(seconds, np.float32).tobytes(),
+                control_every=max(1.0, workers / CONTROL_READS_S),
             )
             self._flying[bundle.id] = bundle
             self._flying_in[pool] += 1
@@ -654,7 +658,7 @@ class Driver:
                     self._suspect(receipt.node, stage, item, code)
                 self._finish(stage, item, code, receipt.shards[where[i]])
         self._submitted_s.pop(bundle.id, None)
-        if (status < len(STATUSES)).any():
+        if receipt.first_start:
             self._worked.add((pool, receipt.block))
         failed = int(np.isin(status, list(_NODE_CLASSES)).sum())
         why = self.nodes.add(pool, bundle.stage.name, receipt.node, int(ok.sum()), failed)
@@ -986,6 +990,7 @@ class Driver:
                 site=os.path.abspath(self.site.name) if path else self.site.name,
                 time_s=time.time(),
                 digest=self._digest,
+                plan=plan_digest(self.plan),
                 plan_complete=self.stream.plan_complete,
                 entries=self.stream.entries,
                 bad_entries=self.stream.bad_entries,

@@ -36,14 +36,14 @@ _FRESH_SHARE = 0.75
 _SAVING_SHARE = 0.1
 _SAVING_S = 2.0
 _SEAL_BYTES = 64 << 20
-_CONTROL_PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """Items of one stage that one worker runs in one go.
 
-    ``estimates`` (K,) f4: expected seconds of each item; empty where nobody knows.
+    ``estimates`` (K,) f4: expected seconds of each item; empty where nobody knows;
+    ``control_every``: seconds between two looks at the driver's word.
     """
 
     id: str
@@ -56,6 +56,7 @@ class Bundle:
     seal_every: float
     crash_limit: int
     estimates: bytes = b""
+    control_every: float = 1.0
 
 
 @dataclass(slots=True)
@@ -136,12 +137,13 @@ def task_record(
 
 
 class Control:
-    """The driver's word to its workers, read at most once a second: go on, drain, or another.
+    """The driver's word to its workers: go on, drain, or another; not read all the time.
 
     What is left of the block around them is asked here too.
     """
 
-    def __init__(self, store: Path, run_id: str) -> None:
+    def __init__(self, store: Path, run_id: str, every_s: float = 1.0) -> None:
+        self._every_s = every_s
         self._path = store / "control" / "driver.json"
         self._run_id = run_id
         self._read = 0.0
@@ -152,7 +154,7 @@ class Control:
         if time.time() >= self.stop_at:
             return True
         now = time.monotonic()
-        if now - self._read > _CONTROL_PERIOD_S:
+        if now - self._read > self._every_s:
             self._read = now
             try:
                 word = json.loads(self._path.read_text())
@@ -351,7 +353,7 @@ def run_bundle(bundle: Bundle) -> Receipt:
     shard_of = np.zeros(n, np.uint16)
     cpu = np.zeros(n, np.float32)
     wall = np.zeros(n, np.float32)
-    control = Control(Path(bundle.store), bundle.run_id)
+    control = Control(Path(bundle.store), bundle.run_id, bundle.control_every)
     batch = _Batch(bundle, node, job)
     try:
         guard = _own_guard()
