@@ -277,10 +277,10 @@ def _check_pool(
         return ("pools", name, key) if key in own else (key,)
 
     for key, words in _OTHERS[scheduler].items():
-        if getattr(pool, key):
-            problems.add_value(place(key), getattr(pool, key), words)
-    wrong = {"slurm": ("mpiexec", "mpiexec-pals"), "pbs": ("srun",)}[scheduler]
-    if pool.launcher in wrong and scheduler == "pbs":
+        value = getattr(pool, key)
+        if value and value != "none":
+            problems.add_value(place(key), value, words)
+    if pool.launcher == "srun" and scheduler == "pbs":
         problems.add_value(place("launcher"), pool.launcher, "is SLURM's; write mpiexec")
     if pool.launcher == "single" and pool.nodes_per_block > 1 and name != "mpi":
         problems.add_value(

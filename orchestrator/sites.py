@@ -264,9 +264,19 @@ def _with_cores(name: str, scheduler: str, label: str, pool: PoolSettings) -> Po
             "has here; write for example cores_per_node = 64 into the site file, or check the "
             f"{'partition' if scheduler == 'slurm' else 'queue'}"
         )
-    return pool.model_copy(
-        update={"cores_per_node": kind.cores, "threads_per_core": kind.threads_per_core}
-    )
+    known: dict[str, int] = {
+        "cores_per_node": kind.cores,
+        "threads_per_core": kind.threads_per_core,
+    }
+    if (
+        pool.memory_per_node is None
+        and not (pool.exclusive and scheduler == "slurm")
+        and kind.memory
+    ):
+        # Some of a node's memory is the system's, whatever the scheduler says.
+        wanted = kind.memory if pool.exclusive else 2 * 2**30 * kind.cores
+        known["memory_per_node"] = min(wanted, int(0.95 * kind.memory))
+    return pool.model_copy(update=known)
 
 
 def prepare(site: Site, run_dir: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from site_configs.support.settings import PoolSettings, QueueSettings, SiteSettings
+from site_configs.support.settings import GIB, PoolSettings, QueueSettings, SiteSettings
 
 if TYPE_CHECKING:
     from parsl.config import Config
@@ -85,11 +85,24 @@ def _executor(site: SiteSettings, name: str, pool: PoolSettings, scheduler: Sche
         # Parsl starts no more workers than fit the cores, so tell it what fits.
         cores_per_worker=min(float(pool.threads_per_worker), pool.cores / pool.workers),
         max_workers_per_node=pool.workers,
-        cpu_affinity=(pool.affinity or "block") if pool.pin else "none",
+        cpu_affinity=_affinity(pool) if pool.pin else "none",
         available_accelerators=list(pool.devices),
         **common,
     )
     return _reachable(executor, site)
+
+
+def _affinity(pool: PoolSettings) -> str:
+    """Which CPUs each worker is pinned to, as Parsl takes it."""
+    if pool.affinity is not None:
+        return pool.affinity
+    if pool.threads_per_core == 1 or not pool.exclusive:
+        return "block"
+    # Linux numbers the first hardware threads of all cores first: one of each core is used.
+    each = max(1, pool.cores // pool.workers)
+    if each == 1:
+        return "list:" + ":".join(str(i % pool.cores) for i in range(pool.workers))
+    return "list:" + ":".join(f"{each * i}-{each * i + each - 1}" for i in range(pool.workers))
 
 
 def _reachable(executor: Any, site: SiteSettings) -> Any:
@@ -139,7 +152,8 @@ def _provider(site: SiteSettings, name: str, pool: PoolSettings, scheduler: Sche
         return ResilientPBSProvider(
             queue=pool.queue,
             cpus_per_node=pool.cores * pool.threads_per_core,
-            memory=f"{(pool.memory or 0) // 2**20}mb" if pool.memory else "",
+            # PBS has no word for all of a node's memory.
+            memory=f"{(pool.memory or 2 * GIB * pool.cores) // 2**20}mb",
             select_options=_chunk(name, pool),
             scheduler_options="\n".join(_pbs_options(pool)),
             **common,
@@ -160,9 +174,6 @@ def _provider(site: SiteSettings, name: str, pool: PoolSettings, scheduler: Sche
 
 def _slurm_options(pool: PoolSettings) -> list[str]:
     lines = [f"--cpus-per-task={pool.cores * pool.threads_per_core}"]
-    if pool.threads_per_core > 1:
-        # One thread of each core, so that two workers never share one.
-        lines.append("--hint=nomultithread")
     return [f"#SBATCH {line}" for line in [*lines, *pool.scheduler_options]]
 
 

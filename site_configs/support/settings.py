@@ -114,7 +114,7 @@ class PoolSettings(QueueSettings):
     gres: Word | None = Field(
         default=None,
         json_schema_extra=_shown("--gpus-per-node"),
-        description='How SLURM is asked for GPUs where not so: "gpu:a100:4"; "none": not at all',
+        description='How SLURM is asked for GPUs, where not so: "gpu:a100:4"; or "none"',
     )
     workers_per_node: int | None = Field(
         default=None,

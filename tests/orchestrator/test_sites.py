@@ -89,10 +89,13 @@ def test_a_file_with_make_config(tmp_path: Path) -> None:
 
 
 def test_the_projects_own_sites_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BASIN_CORES_PER_NODE", "8")
     assert {"local", "slurm", "pbs"} <= set(known_sites())
     assert "support" not in known_sites()
     for name in known_sites():
+        if name in ("slurm", "pbs"):
+            monkeypatch.setenv("BASIN_CORES_PER_NODE", "8")
+        else:
+            monkeypatch.delenv("BASIN_CORES_PER_NODE", raising=False)
         assert load_site(name).pools()
 
 
