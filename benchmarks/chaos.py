@@ -82,7 +82,7 @@ class Chaos:
         self.campaign = write_campaign(
             folder / "chaos", molecules, stages=STAGES.format(conformers=n, pool="gpu"), run=RUN
         )
-        self.site = write_site(folder, walltime="5 min")
+        self.site = write_site(folder, walltime=f"{max(2, minutes / 4):g} min")
         self.records = Records(folder / "records")
         os.environ.update(self.records.environment)
 

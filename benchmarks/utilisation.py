@@ -76,7 +76,7 @@ def main() -> None:
         os.environ["SLURM_CONF"] = str(cluster.conf)
         try:
             campaign = _campaign(folder / "run", conformers, REHEARSAL)
-            site = write_site(folder, walltime="2 h")
+            site = write_site(folder, walltime="2 h", exclusive=False)
             run = Run(campaign, f"--site={site}", workers=None)
             try:
                 jobs = watch(cluster, run)

@@ -32,7 +32,7 @@ max_blocks = 2
 walltime = "{walltime}"
 cores_per_node = 1
 memory_per_node = "2 GB"
-exclusive = false
+exclusive = {exclusive}
 pin = false
 
 [pools.gpu]
@@ -84,10 +84,13 @@ if "orchestrator.child" in sys.orig_argv:
 """
 
 
-def write_site(folder: Path, walltime: str = "10 min") -> Path:
-    """Write a site file for the test cluster, as a user would; return its path."""
+def write_site(folder: Path, walltime: str = "10 min", *, exclusive: bool = True) -> Path:
+    """Write a site file for the test cluster, as a user would; return its path.
+
+    ``exclusive``: each cpu block has a node for itself, and holds all its cores.
+    """
     path = folder / "testcluster.toml"
-    path.write_text(_SITE.format(walltime=walltime))
+    path.write_text(_SITE.format(walltime=walltime, exclusive=str(exclusive).lower()))
     return path
 
 
@@ -112,7 +115,9 @@ class Records:
             path.mkdir(parents=True)
         (folder / "python" / "sitecustomize.py").write_text(_RECORDER)
         self.environment = {
-            "PYTHONPATH": str(folder / "python"),
+            "PYTHONPATH": os.pathsep.join(
+                [str(folder / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "BASIN_EXECUTION_LOG": str(self._log),
         }
         self._end = threading.Event()
@@ -243,7 +248,8 @@ class Disturber:
         self._rng = rng
         self.runs = [start()]
         self._down: dict[str, float] = {}
-        self._shortened: set[str] = set()
+        # Left alone by the other faults, so that it is its walltime that ends them.
+        self.shortened: list[str] = []
         self.faults: dict[str, Callable[[], str]] = {
             "block cancelled (scancel)": self.cancel_block,
             "worker pool killed (kill -9)": self.kill_pool,
@@ -259,7 +265,7 @@ class Disturber:
         return self.runs[-1]
 
     def _block(self) -> dict[str, str] | None:
-        jobs = [job for job in self.cluster.running() if job["id"] not in self._shortened]
+        jobs = [job for job in self.cluster.running() if job["id"] not in self.shortened]
         return self._rng.choice(jobs) if jobs else None
 
     def cancel_block(self) -> str:
@@ -271,7 +277,8 @@ class Disturber:
 
     def kill_pool(self) -> str:
         """Kill the manager of a worker pool; its job goes on until it notices."""
-        pools = [p for node in ("n1", "n2") for p in self.cluster.pools(node)]
+        job = self._block()
+        pools = self.cluster.pools(job["node"]) if job is not None else []
         victim = self._rng.choice(pools) if pools else None
         return f"process {victim.pid}" if victim is not None and kill(victim) else ""
 
@@ -292,10 +299,10 @@ class Disturber:
                 del self._down[node]
 
     def end_walltime(self) -> str:
-        """Let a block's walltime end after a minute, of which its workers know nothing."""
+        """Let a block's walltime end within half a minute, of which its workers know nothing."""
         if (job := self._block()) is None:
             return ""
-        self._shortened.add(job["id"])
+        self.shortened.append(job["id"])
         self.cluster.shorten(job["id"])
         return f"job {job['id']} on {job['node']}"
 
