@@ -176,10 +176,18 @@ def test_cores_and_memory_come_from_the_scheduler(
 def test_cores_come_from_a_real_slurm(slurm_cluster: object, tmp_path: Path) -> None:
     site = load_site(write(tmp_path, 'base = "slurm"\nexclusive = false\npartition = "cpu"\n'))
     assert site.workers_per_node() == {"cpu": 2}
-    assert site.settings is not None
-    memory = site.settings.pools["cpu"].memory
-    assert memory is not None
-    assert memory <= 4000 * 2**20, "no more than the node has"
+
+
+def test_what_sinfo_says_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two kinds of node, hyperthreads counted as CPUs, less than 2 GB of memory a core.
+    program = tmp_path / "sinfo"
+    program.write_text("#!/bin/sh\necho '128|2|32|256000|old'\necho '64|2|16+|8000+|short*'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin:/bin")
+    text = batch_scripts(load_site(write(tmp_path, 'base = "slurm"\nexclusive = false\n')))["cpu"]
+    assert "#SBATCH --cpus-per-task=64" in text
+    assert "#SBATCH --mem=7600M" in text
+    assert "--max_workers_per_node=32" in text
 
 
 @pytest.mark.parametrize("name", ["site_slurm", "site_pbs"])
