@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _BLOCKS = 16
 _ENDED = 3
 _EVERY_S = 2.0
+_TAIL_BYTES, _TAIL_LINES = 8192, 4
 
 
 @dataclass(slots=True)
@@ -40,10 +41,16 @@ class View:
     progress: ProgressFile | None
     training: str
     time_s: float
+    last_words: str
 
     def as_json(self) -> dict[str, Any]:
         """Return it for machines: `Standing`'s fields, and the others beside them."""
-        own = {"running": self.running, "driver": self.driver, "driver_jobs": self.jobs}
+        own = {
+            "running": self.running,
+            "driver": self.driver,
+            "driver_jobs": self.jobs,
+            "last_error": self.last_words,
+        }
         run = asdict(self.progress) if self.progress else {}
         kept = ("site", "time_s", "blocks", "bad_nodes", "node_hours", "rate", "left_s", "notes")
         return {**own, **asdict(self.standing), "run": {k: run[k] for k in kept if k in run}}
@@ -75,7 +82,20 @@ def look(campaign: Campaign, store: Store, *, exact: bool = False) -> View:
         progress=progress.read(store.path),
         training=str(said(store.path).get("line", "")),
         time_s=time.time(),
+        last_words=_last_words(store),
     )
+
+
+def _last_words(store: Store) -> str:
+    """Return the error that the last driver without a terminal ended with; empty for none."""
+    logs = sorted(store.path.glob("logs/driver-*.log"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return ""
+    with open(logs[-1], "rb") as file:
+        file.seek(max(0, logs[-1].stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    errors = [line for line in lines[-_TAIL_LINES:] if line.startswith("basin: ")]
+    return f"{errors[-1].removeprefix('basin: ')} (see {logs[-1]})" if errors else ""
 
 
 def page(view: View) -> RenderableType:
@@ -102,6 +122,8 @@ def page(view: View) -> RenderableType:
         parts.append(Text(f"training: {view.training}"))
     if last is not None:
         parts += _run_lines(view, last)
+    if view.waiting and not view.running and view.last_words:
+        parts.append(Text(f"the last driver ended with: {view.last_words}", style="yellow"))
     if view.waiting and not view.running and not view.jobs:
         parts.append(Text(f"`basin run {view.file}` goes on with what waits"))
     return Group(*parts)
