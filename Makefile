@@ -19,7 +19,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,xtb,sella]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,xtb,sella,mpi]'
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## Relax about 65 real molecules with MMFF94 and GFN2-xTB; write a report.

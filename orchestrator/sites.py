@@ -53,7 +53,7 @@ class Site:
         """Return, by pool, the walltime of a block; None where it has none."""
         return {e.label: _walltime_s(e) for e in self.config.executors}
 
-    def resource_specification(self, pool: str) -> dict[str, int]:
+    def resource_specification(self, pool: str) -> dict[str, int | str]:
         """Return what each task of the pool asks of its executor; empty for plain workers."""
         executors: list[Any] = list(self.config.executors)
         found = [e for e in executors if e.label == pool]

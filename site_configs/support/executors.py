@@ -84,4 +84,4 @@ class WorkerPool(_Blocks, HighThroughputExecutor):
 class MPIPool(_Blocks, MPIExecutor):
     """Workers that each start MPI programs over the nodes of their block."""
 
-    resource_specification: dict[str, int]
+    resource_specification: dict[str, int | str]

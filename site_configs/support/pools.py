@@ -80,6 +80,8 @@ def _executor(site: SiteSettings, name: str, pool: PoolSettings, scheduler: Sche
             "num_nodes": pool.nodes_per_task,
             "ranks_per_node": ranks,
         }
+        if pool.launcher_options:
+            executor.resource_specification["launcher_options"] = pool.launcher_options
         return _reachable(executor, site)
     executor = WorkerPool(
         # Parsl starts no more workers than fit the cores, so tell it what fits.

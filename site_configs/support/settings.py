@@ -138,7 +138,10 @@ class PoolSettings(QueueSettings):
         json_schema_extra=_shown("single; with several nodes srun or mpiexec"),
         description="What starts the worker pool on each node of a block",
     )
-    launcher_options: str = Field(default="", description="Further options of the launcher")
+    launcher_options: str = Field(
+        default="",
+        description='Further options of the launcher; in pool mpi of its own, such as "--mpi=pmi2"',
+    )
     clusters: Word | None = Field(
         default=None, json_schema_extra=_shown("none"), description="SLURM clusters (--clusters)"
     )
