@@ -29,6 +29,10 @@ PASS_BYTES = 128 << 20
 SEGMENT_ROWS = 1_000_000
 SEGMENT_BYTES = 256 << 20
 GRACE_S = 24 * 3600.0
+# Of more shards than these the oldest go sooner: a snapshot is read in minutes at most, and the
+# list of those taken in is part of every manifest.
+KEPT_SHARDS = 20_000
+LEAST_GRACE_S = 900.0
 STRAY_S = 48 * 3600.0
 
 
@@ -54,8 +58,8 @@ def _one_pass(store: Store) -> tuple[int, bool]:
     parts: dict[str, list[Rows]] = {name: [] for name in TABLES}
     size = 0
     more = False
-    for path in sorted(store.sealed_shards()):
-        name = str(path.relative_to(store.path))
+    found = {str(path.relative_to(store.path)): path for path in store.sealed_shards()}
+    for name, path in sorted(found.items()):
         if name in current.consumed or name in current.quarantine:
             continue
         if size > PASS_BYTES:
@@ -103,7 +107,8 @@ def _one_pass(store: Store) -> tuple[int, bool]:
     successor = Manifest(
         current.generation + 1,
         tuple(segments),
-        {**_still_there(store, current.consumed), **dict.fromkeys(read, now)},
+        # The listing tells which are still there, without a question for each.
+        {n: t for n, t in current.consumed.items() if n in found} | dict.fromkeys(read, now),
         _still_there(store, superseded),
         quarantine,
     )
@@ -208,8 +213,11 @@ def _delete_old(store: Store, grace_s: float) -> None:
     now = time.time()
     live = {segment.file for segment in current.segments}
     known = live | current.superseded.keys()
+    newest = sorted(current.consumed.values(), reverse=True)[:KEPT_SHARDS]
+    sooner = min(grace_s, LEAST_GRACE_S) if len(newest) == KEPT_SHARDS else grace_s
     for name, since in [*current.consumed.items(), *current.superseded.items()]:
-        if name not in live and now - since > grace_s:
+        grace = sooner if name in current.consumed and since < newest[-1] else grace_s
+        if name not in live and now - since > grace:
             (store.path / name).unlink(missing_ok=True)
     for folder in _written_folders(store):
         for entry in os.scandir(folder):

@@ -51,10 +51,11 @@ class Reading:
 
     def __exit__(self, *_: object) -> None:
         self._over = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._all:
             process.kill()
             process.wait()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
         for process in self._all:
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
@@ -88,6 +89,8 @@ class Reading:
         self._free.put(process)
 
     def _understand(self, batch: list[Record]) -> list[Entry]:
+        if self._over:
+            return []
         process = self._free.get()
         assert process.stdin is not None
         assert process.stdout is not None

@@ -186,6 +186,19 @@ def test_files_are_deleted_only_after_the_grace_period(store: Store) -> None:
     assert len(current.consumed) == 1, "the manifest forgets shards that are gone"
 
 
+def test_of_very_many_shards_the_oldest_go_sooner(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "KEPT_SHARDS", 2)
+    monkeypatch.setattr(compaction, "LEAST_GRACE_S", -1.0)
+    for item in range(5):
+        seal_items(store, [item], f"s{item}")
+        compact(store)
+    names = [path.name.split("-")[0] for path in store.sealed_shards()]
+    assert sorted(names) == ["s3", "s4"]
+    assert wrong_items(store.read("relaxations"), store.read("frames"), set(range(5))) == []
+
+
 def test_an_old_segment_has_its_grace_period_too(store: Store) -> None:
     seal_items(store, [1], "a")
     compact(store)

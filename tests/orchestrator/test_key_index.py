@@ -76,3 +76,15 @@ def test_many_keys_take_little_memory() -> None:
     assert held == 17 * 300_000
     assert not index.lookup(keys).any()
     assert (index.lookup(keys ^ np.uint64(1)) == ABSENT).all()
+
+
+def test_many_keys_are_added_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_index, "_BUFFER", 50)
+    rng = random.Random(5)
+    one, many = KeyIndex(), KeyIndex()
+    keys = random_keys(rng, 60)
+    for _ in range(20):
+        some = rng.choices(keys, k=30)
+        expected = [one.add(*key) for key in some]
+        assert many.add_all(as_array(some)).tolist() == expected
+    assert len(one) == len(many)
