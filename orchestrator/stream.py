@@ -16,6 +16,7 @@ from orchestrator.tally import tally
 
 MAX_ITEMS = 2000
 FIRST_S = 1.0
+FIRST_ITEMS = 250
 _MEASURED_ITEMS = 16
 # Of a molecule that is still to be made.
 _USUAL_ATOMS = 20
@@ -234,8 +235,11 @@ class Stream:
 
     def _cut_bundle(self, stage: int, target_s: float, workers: int) -> list[Item]:
         estimate = self.estimates[stage]
+        most = MAX_ITEMS
         if not estimate.measured:
             target_s = min(target_s, FIRST_S)
+            # A first guess may be wrong by orders of magnitude: no worker is to get everything.
+            most = max(1, min(FIRST_ITEMS, len(self.ready[stage]) // (2 * workers)))
         # Towards the end bundles shrink, so that all workers finish at about the same time.
         target_s = min(target_s, max(self.ready_s[stage] / (2 * workers), 0.2))
         if self.exhausted or self.plan.stages[stage].model:
@@ -246,7 +250,7 @@ class Stream:
         queue = self.ready[stage]
         items: list[Item] = []
         seconds = 0.0
-        while queue and len(items) < MAX_ITEMS:
+        while queue and len(items) < most:
             cost = estimate.seconds(queue[0].n_atoms)
             if items and seconds + cost > target_s:
                 break
