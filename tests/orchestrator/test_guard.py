@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.errors import RunError
-from orchestrator.guard import Guard
+from orchestrator.guard import Guard, child_environment
 from orchestrator.kernel_calls import Call, Payload
 
 GOOD = ["C", "CC", "CCC", "CCCC"]
@@ -204,3 +204,33 @@ def test_kernel_processes_that_cannot_start_are_not_started_for_ever(
     monkeypatch.setattr("orchestrator.guard.sys.executable", "/bin/false")
     with pytest.raises(RunError, match=r"before they run anything \(exit status 1"):
         run(guard, ["C"], {})
+
+
+def test_what_does_not_fit_into_the_block_is_not_begun(guard: Guard) -> None:
+    needs = [0.0, 500.0, 0.0, 0.0]
+    outcomes = run(guard, GOOD, {}, needs=needs, stop_at=time.time() + 100)
+    assert [outcomes[s]["status"] for s in GOOD] == ["ok", "unfit", "ok", "ok"]
+
+
+def test_the_end_of_a_block_breaks_off_what_does_not_stop(guard: Guard) -> None:
+    run(guard, ["C"], {})  # the process is there
+    now = time.time()
+    outcomes = run(guard, ["C", "bad", "CC"], {"bad": "hang"}, stop_at=now + 0.5, cut_at=now + 1.0)
+    assert {s: o["status"] for s, o in outcomes.items()} == {"C": "ok", "bad": "cut"}
+    assert time.time() - now < 30.0
+    # The next block's worker would be another one; this one's guard is still of use.
+    assert run(guard, ["CC"], {})["CC"]["status"] == "ok"
+
+
+def test_kernel_processes_have_the_pools_threads_and_the_jobs_devices() -> None:
+    found = child_environment(
+        {
+            "BASIN_THREADS": "4",
+            "OMP_NUM_THREADS": "64",
+            "CUDA_VISIBLE_DEVICES": "0",
+            "BASIN_BLOCK_DEVICES": "CUDA_VISIBLE_DEVICES=3",
+        }
+    )
+    assert found["OMP_NUM_THREADS"] == found["MKL_NUM_THREADS"] == "4"
+    assert found["CUDA_VISIBLE_DEVICES"] == "3"
+    assert child_environment({})["OMP_NUM_THREADS"] == "1"
