@@ -91,6 +91,8 @@ def _told_by_driver(store: Store, plan: Plan, digest: str) -> Standing | None:
     last = progress.read(store.path)
     if last is None or last.digest != digest or last.plan != plan_digest(plan):
         return None
+    if not last.entries:
+        return None  # a driver that has not looked at its plan yet
     running = lock.is_running(store.path) and lock.who(store.path).get("run_id") == last.run_id
     current = running and time.time() - last.time_s < _DRIVER_WRITES_S
     current = current or (last.ended and _changed_s(store) <= last.time_s)
