@@ -293,7 +293,10 @@ class _Batch:
             stage,
             status=outcome["status"],
             message=outcome["message"],
-            attempts=min(255, outcome["attempts"] + item.losses),
+            # What passes in the end had no part in the loss of its earlier workers.
+            attempts=min(
+                255, outcome["attempts"] + (item.losses if outcome["status"] != "ok" else 0)
+            ),
             started_s=outcome["started_s"],
         )
         record.update(
