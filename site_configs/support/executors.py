@@ -9,7 +9,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from parsl.executors import HighThroughputExecutor, MPIExecutor
-from parsl.jobs.states import JobState
+from parsl.executors.status_handling import BlockProviderExecutor
+from parsl.jobs.states import JobState, JobStatus
 
 if TYPE_CHECKING:
     _Base = HighThroughputExecutor
@@ -20,6 +21,7 @@ else:
 GONE_LIMIT_S: Final = 60.0
 # Parsl asks about once a second whether there is too much; a longer silence means there was not.
 _SILENCE_S: Final = 10.0
+_NOBODYS_FAULT: Final = frozenset({"cancelled", "preempted"})
 
 
 class _Blocks(_Base):
@@ -68,6 +70,32 @@ class _Blocks(_Base):
         assert self.provider is not None
         done = self.provider.cancel([self.blocks_to_job_id[b] for b in known])
         return [b for b, ended in zip(known, done, strict=True) if ended]
+
+    def status(self) -> dict[str, JobStatus]:
+        """States of all blocks; one that ended before its workers came is MISSING, a failure.
+
+        Parsl's own says so too of a block that was cancelled or made way for another job.
+        """
+        found: dict[str, JobStatus] = BlockProviderExecutor.status(self)
+        silent = [b for b, s in found.items() if s.terminal and s.state != JobState.SCALED_IN]
+        connected = set(self.connected_blocks()) if silent else set()
+        for block_id in silent:
+            if block_id not in connected and self._reason(block_id) not in _NOBODYS_FAULT:
+                status = found[block_id]
+                found[block_id] = JobStatus(
+                    JobState.MISSING,
+                    message=status.message or "the block ended before its workers came",
+                    stdout_path=status.stdout_path,
+                    stderr_path=status.stderr_path,
+                )
+        return found
+
+    def _reason(self, block_id: str) -> str:
+        try:
+            record = getattr(self.provider, "record", None)
+            return str(record(self.blocks_to_job_id[block_id]).reason) if record else ""
+        except KeyError:
+            return ""
 
     def shutdown(self, timeout: float = 10.0) -> None:
         """End the interchange, and return when the blocks have left their nodes."""

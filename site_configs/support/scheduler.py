@@ -164,13 +164,15 @@ class Scheduler(ABC):
     def look(self) -> None:
         """One query now for all live blocks; without an answer all stays as it was."""
         with self._lock:
-            # Who waited here for another's query has its answer already.
-            if time.monotonic() - self._asked_s < LEAST_PAUSE_S or not self.alive():
+            # Who waited here for another's query has its answer already; and a scheduler that is
+            # away holds nobody up again and again.
+            pause = self.poll_every_s if self._unanswered else LEAST_PAUSE_S
+            if time.monotonic() - self._asked_s < pause or not self.alive():
                 return
-            self._submit_waiting()
+            answered = self._submit_waiting()
             ids = [i for i in self.alive() if not self.blocks[i].waiting_command]
-            if ids:
-                self._take(ids, self._ask(ids))
+            if ids or not answered:
+                self._take(ids, self._ask(ids) if answered else None)
             self._asked_s = time.monotonic()
             again = [
                 i
@@ -286,14 +288,15 @@ class Scheduler(ABC):
         """Whether a submission was refused for now only."""
         return any(words in error for words in self.later)
 
-    def _submit_waiting(self) -> None:
+    def _submit_waiting(self) -> bool:
+        """Submit what could not be submitted before; False where the scheduler is away still."""
         for block in list(self.blocks.values()):
             if not block.waiting_command or block.record.state == "ended":
                 continue
             # A submission that went unanswered may have come through all the same.
             job_id = self.find(block.name)
             if job_id is None:
-                return
+                return False
             if not job_id and block.given_back:
                 self._never(block, "cancelled", "was given back before it was submitted")
                 continue
@@ -305,9 +308,10 @@ class Scheduler(ABC):
                     self._never(block, "failed", f"was refused: {said}")
                     continue
                 if job_id is None:
-                    return  # the others would fare no better now
+                    return True  # the others would fare no better now
             block.waiting_command = ""
             block.record = replace(block.record, job_id=job_id, words="")
+        return True
 
     @staticmethod
     def _never(block: Block, reason: Reason, words: str) -> None:

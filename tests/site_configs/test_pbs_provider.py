@@ -162,7 +162,7 @@ def fake_pbs_reason(job: dict[str, Any]) -> str:
 def test_how_blocks_end(server: Path, tmp_path: Path, history: bool) -> None:
     fake_pbs.configure(server, history=history)
     provider = make(tmp_path)
-    short = make(tmp_path, provider.scheduler, walltime_s=2.0)
+    short = make(tmp_path, provider.scheduler, walltime_s=1.0)
     fine = provider.submit("exit 0", 1, "parsl.cpu.block-0")
     bad = provider.submit("exit 3", 1, "parsl.cpu.block-1")
     long = short.submit("sleep 60", 1, "parsl.cpu.block-2")
@@ -176,7 +176,7 @@ def test_how_blocks_end(server: Path, tmp_path: Path, history: bool) -> None:
     reasons[long] = wait_for(short, long, ended).reason
     assert reasons[long] == "walltime"
     assert state(short, long) is JobState.TIMEOUT
-    assert "reached its walltime of 2 s" in short.record(long).words
+    assert "reached its walltime of 1 s" in short.record(long).words
     if history:
         assert reasons[fine] == "completed"
         assert reasons[bad] == "failed"
