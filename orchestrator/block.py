@@ -23,6 +23,7 @@ _STOP_SHARE: Final = 0.12
 # And before that it takes no more bundles, so that it ends by itself.
 _DRAIN_S: Final = 30.0
 _DRAIN_SHARE: Final = 0.25
+AMD_DRIVER: Final = "/dev/kfd"
 _VISIBLE: Final = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
@@ -157,6 +158,9 @@ def own_devices(environment: Mapping[str, str]) -> dict[str, str]:
         mine = environment.get(name, "")
         if devices != [""] and mine.isdecimal() and int(mine) < len(devices):
             found[name] = devices[int(mine)]
+    if "ROCR_VISIBLE_DEVICES" in environment and os.path.exists(AMD_DRIVER):
+        # ROCm numbers anew what ROCR leaves visible, and takes this one to be its own as well.
+        found["CUDA_VISIBLE_DEVICES"] = "0"
     return found
 
 

@@ -98,3 +98,12 @@ def test_devices_are_those_that_the_job_was_given() -> None:
     worker = {block.DEVICES: given, "CUDA_VISIBLE_DEVICES": "1", "ROCR_VISIBLE_DEVICES": "1"}
     assert block.own_devices(worker) == {"CUDA_VISIBLE_DEVICES": "5"}
     assert block.own_devices({"CUDA_VISIBLE_DEVICES": "1"}) == {}
+
+
+def test_an_amd_device_is_hidden_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = {"CUDA_VISIBLE_DEVICES": "6", "ROCR_VISIBLE_DEVICES": "6"}
+    monkeypatch.setattr(block, "AMD_DRIVER", str(tmp_path / "absent"))
+    assert block.own_devices(worker) == {}
+    # ROCm's documentation of GPU isolation: the second counts among those that the first leaves.
+    monkeypatch.setattr(block, "AMD_DRIVER", str(tmp_path))
+    assert block.own_devices(worker) == {"CUDA_VISIBLE_DEVICES": "0"}
