@@ -9,6 +9,7 @@ from typing import Final
 
 # Chance that one good node or another of a campaign is taken for a bad one, test for test.
 SIGNIFICANCE: Final = 1e-3
+NOTHING_PASSED: Final = 4e-2
 LEAST_FAILURES: Final = 5
 LEAST_PASSED: Final = 5
 BROKEN_LIMIT: Final = 2
@@ -117,8 +118,10 @@ class Nodes:
             excess_probability(mine.some, mine.bundles, total.some, total.bundles),
             excess_probability(mine.most, mine.bundles, total.most, total.bundles),
         )
-        # Two tests of each of the nodes that were seen.
-        if 2 * seen * chance >= SIGNIFICANCE:
+        # Two tests of each of the nodes that were seen. One on which nothing has ever passed needs
+        # less: it would go on to spoil much before the numbers are large.
+        limit = SIGNIFICANCE if self._passed[pool][node] else NOTHING_PASSED
+        if 2 * seen * chance >= limit:
             return ""
         elsewhere = total.items_failed - mine.items_failed
         return (

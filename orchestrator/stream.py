@@ -16,7 +16,7 @@ from orchestrator.tally import tally
 
 MAX_ITEMS = 2000
 FIRST_S = 1.0
-FIRST_ITEMS = 250
+FIRST_ITEMS = 16
 _MEASURED_ITEMS = 16
 # Of a molecule that is still to be made.
 _USUAL_ATOMS = 20
