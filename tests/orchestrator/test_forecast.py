@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import million
 from kernels.graph import parse_smiles
+from orchestrator import forecast as forecast_module
 from orchestrator import ingest
 from orchestrator.campaign import load_campaign
 from orchestrator.errors import SiteError, StoreVersionError
-from orchestrator.forecast import Forecast, forecast, learned_estimates
+from orchestrator.forecast import Forecast, distinct, draw, forecast, learned_estimates
+from orchestrator.molecules import Record
 from orchestrator.plan import Item, Plan, standing
 from orchestrator.sites import load_site
 from orchestrator.store import Store
+from tests.orchestrator.run_fixtures import ingested
 from tests.orchestrator.store_fixtures import Records, new_store
 
 LINES = ["CCO ethanol", "C(C broken", "OCC the same", "CO methanol", "c1ccccc1 benzene", "QQ what"]
@@ -193,3 +201,123 @@ def test_bundles_follow_from_time_and_number(tmp_path: Path) -> None:
     many = found(path).stages[2]
     assert few < many.bundles
     assert many.bundles == int(np.ceil(many.core_hours * 3600 / 0.5))
+
+
+def many(folder: Path, molecules: int = 1500) -> Path:
+    """Write a list in which some molecules come twice or three times, and some lines are bad."""
+    rng = random.Random(1)
+    lines = list(itertools.islice(million.molecules(), molecules))
+    lines += rng.sample(lines, 300) + rng.sample(lines, 100)
+    lines += [f"C1CC{'C' * n}" for n in range(100)]
+    rng.shuffle(lines)
+    return campaign_file(folder, lines)
+
+
+def test_of_very_many_entries_a_sample_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many(tmp_path)
+    campaign, site = load_campaign(path), load_site("local", workers=2)
+    truth = found(path)
+    assert (truth.entries, truth.molecules, truth.bad, truth.sampled) == (2000, 1500, 100, 0)
+    monkeypatch.setattr(forecast_module, "EXACT_ENTRIES", 1000)
+    monkeypatch.setattr(forecast_module, "SAMPLE", 700)
+    guess = forecast(campaign, site)
+    assert (guess.entries, guess.sampled) == (2000, 700)
+    assert guess.entries == guess.molecules + guess.duplicates + guess.bad
+    for name in ("molecules", "duplicates", "bad", "core_hours"):
+        assert 0 < guess.margins[name] < 0.6 * max(getattr(truth, name), 200)
+        assert abs(getattr(guess, name) - getattr(truth, name)) <= guess.margins[name]
+    assert guess.stages[0].tasks == pytest.approx(truth.stages[0].tasks, rel=0.1)
+    assert "more" in guess.bad_examples[-1]
+    exact = forecast(campaign, site, exact=True)
+    assert exact == truth
+
+
+def test_what_a_store_has_read_is_counted_from_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many(tmp_path)
+    truth = found(path)
+    ingested(load_campaign(path))
+    monkeypatch.setattr(forecast_module, "EXACT_ENTRIES", 10)
+    counted = found(path)
+    assert counted.sampled == 0
+    assert len(counted.bad_examples) == 6
+    counted.bad_examples, truth.bad_examples = [], []
+    assert counted == truth
+
+
+def test_a_sample_is_drawn_from_everywhere() -> None:
+    records = [Record("f.smi", n, "", "", partial(int)) for n in range(10_000)]
+    total, drawn = draw(iter(records), 1000)
+    assert total == 10_000
+    lines = [record.line for record in drawn]
+    assert len(set(lines)) == 1000
+    assert lines == sorted(lines)
+    share = np.histogram(lines, bins=10, range=(0, 10_000))[0]
+    # Five standard deviations of a draw that favours no part.
+    assert (abs(share - 100) < 5 * np.sqrt(100 * 0.9)).all()
+    assert draw(iter(records[:7]), 1000) == (7, records[:7])
+
+
+def test_kinds_are_estimated_without_bias_where_none_comes_more_than_twice() -> None:
+    rng = np.random.default_rng(0)
+    population = np.concatenate([np.arange(20_000), np.arange(5_000)])
+    answers = []
+    inside = 0
+    for _ in range(100):
+        sample = rng.choice(population, 2500, replace=False)
+        times = np.unique(sample, return_counts=True)[1]
+        kinds, margin = distinct(len(population), 2500, Counter(times.tolist()))
+        answers.append(kinds)
+        inside += abs(kinds - 20_000) <= margin
+    assert np.mean(answers) == pytest.approx(20_000, rel=0.005)
+    assert inside >= 85
+    assert distinct(1000, 100, Counter({1: 100}))[0] == pytest.approx(1000)
+
+
+SITE = """
+from parsl.config import Config
+from parsl.executors import HighThroughputExecutor
+from parsl.launchers import SrunLauncher
+from parsl.providers import SlurmProvider
+
+config = Config(executors=[
+    HighThroughputExecutor(
+        label="cpu", address="127.0.0.1", max_workers_per_node=10,
+        provider=SlurmProvider(
+            partition="p", nodes_per_block=2, max_blocks=3, walltime="01:00:00",
+            launcher=SrunLauncher())),
+])
+"""
+
+
+def test_node_hours_count_whole_nodes_and_blocks(tmp_path: Path) -> None:
+    (tmp_path / "site.py").write_text(SITE)
+    stages = '[[stages]]\nkernel = "rehearse"\nconformers = {}\n'
+    path = campaign_file(tmp_path, ["CO"], stages.format(10))
+    site = load_site(str(tmp_path / "site.py"))
+    small = forecast(load_campaign(path), site)
+    # One bundle keeps one block busy, however many nodes the site has.
+    (pool,) = small.pools
+    assert (pool.pool, pool.nodes, pool.workers, pool.blocks) == ("cpu", 2, 20, 1)
+    assert pool.walltime_s == 3600
+    assert small.node_hours == pool.node_hours == pytest.approx(2 * 60 / 3600, rel=0.01)
+    plan = Plan(load_campaign(path))
+    store = new_store(tmp_path / "store")
+    records = Records()
+    mol_key, _ = records.molecule("ethanol", "CCO")
+    for i in range(40):
+        key = ingest.geometry_key(mol_key, np.array([float(i)]))
+        label = plan.stages[0].label
+        records.task("rehearse", key, mol_key=mol_key, kernel=label, wall_s=5400.0)
+    records.seal(store)
+    path = campaign_file(tmp_path, ["CO"], stages.format(80))
+    large = forecast(load_campaign(path), load_site(str(tmp_path / "site.py")))
+    (pool,) = large.pools
+    # 120 core-hours on 60 workers: two hours, so that every block is followed by another.
+    assert large.core_hours == pytest.approx(120.0, rel=0.01)
+    assert (pool.nodes, pool.workers, pool.blocks) == (6, 60, 6)
+    assert pool.wall_s == large.wall_s == pytest.approx(7200.0, rel=0.01)
+    assert large.node_hours == pytest.approx(6 * 2 + 6 * 2 * 60 / 3600, rel=0.01)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.campaign import load_campaign
+from orchestrator import progress, status
+from orchestrator.campaign import Campaign, load_campaign
+from orchestrator.counts import StageCounts
 from orchestrator.errors import StoreError
-from orchestrator.status import explain
+from orchestrator.molecules import find_files, sources_digest
+from orchestrator.plan import Plan
+from orchestrator.status import explain, stand
+from orchestrator.tally import plan_digest
 from tests.orchestrator.run_fixtures import (
     by_key,
     complete,
@@ -87,6 +95,56 @@ def test_explain_finds_a_bad_line_by_its_text(finished: Path) -> None:
 
 def told(finished: Path, what: str) -> list[str]:
     return explain(load_campaign(finished), store_of(finished), what)
+
+
+def told_by(campaign: Campaign, **changes: Any) -> progress.ProgressFile:
+    """Return what a driver of this campaign could have written, with made-up counts."""
+    stages = [StageCounts(stage.name, 9, 8, 1, 0, 0) for stage in campaign.stages]
+    digest = sources_digest(
+        find_files(campaign.molecules, campaign.path.parent), campaign.molecules
+    )
+    told = progress.ProgressFile(
+        run_id="one", digest=digest, plan=plan_digest(Plan(campaign)), entries=9, stages=stages,
+        failures={"embed": 1}, time_s=time.time() + 60, ended=True,
+    )  # fmt: skip
+    return dataclasses.replace(told, **changes)
+
+
+def test_the_drivers_counts_stand_while_nothing_is_newer(tmp_path: Path) -> None:
+    path = write_campaign(tmp_path, ["CO", "CC"], stages=STAGES)
+    campaign = load_campaign(path)
+    store, _ = ingested(campaign)
+    counted = stand(campaign, store)
+    assert (counted.as_of, counted.current, counted.counts[0].planned) == (None, True, 4)
+    last = told_by(campaign)
+    progress.write(store.path, last)
+    told = stand(campaign, store)
+    assert (told.as_of, told.current, told.counts[0].planned) == (last.time_s, True, 9)
+    assert told.failures == {"embed": 1}
+    assert stand(campaign, store, exact=True) == counted
+    # Older than the newest chunk; killed; of other stages; of other molecules; nothing looked at.
+    for changes in (
+        {"time_s": time.time() - 3600},
+        {"ended": False},
+        {"plan": "other"},
+        {"digest": "other"},
+        {"entries": 0},
+    ):
+        progress.write(store.path, told_by(campaign, **changes))
+        assert stand(campaign, store) == counted
+
+
+def test_of_very_many_tasks_a_killed_drivers_last_word_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_campaign(tmp_path, ["CO", "CC"], stages=STAGES)
+    campaign = load_campaign(path)
+    store, _ = ingested(campaign)
+    monkeypatch.setattr(status, "COUNTED_TASKS", 20)
+    progress.write(store.path, told_by(campaign, ended=False))
+    told = stand(campaign, store)
+    assert (told.current, told.counts[0].ok) == (False, 8)
+    assert stand(campaign, store, exact=True).current
 
 
 def test_before_the_first_task_everything_waits(tmp_path: Path) -> None:
