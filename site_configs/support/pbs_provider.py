@@ -128,15 +128,14 @@ class PBS(Scheduler):
         "cannot connect to server",
         "Connection refused",
         "Connection timed out",
-        "No Permission.\nqstat: cannot connect",
         "end of file",
         "Communication failure",
         "Premature end of message",
         "Server is shutting down",
         "Request invalid for state of server",
         "did not answer within",
+        # "would exceed … limit of jobs", but not "Job exceeds queue … resource limits".
         "would exceed",
-        "exceeds queue",
         "Maximum number of jobs already in queue",
     )
 

@@ -89,10 +89,8 @@ class Slurm(Scheduler):
         "Resource temporarily unavailable",
         "Slurm backup controller in standby mode",
         "did not answer within",
+        # Only the word before it tells this limit from those of size and time, which last.
         "MaxSubmitJob",
-        "job submit limit",
-        "Job violates accounting/QOS policy (job submit limit",
-        "MaxJobCount",
     )
 
     def __init__(

@@ -29,6 +29,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(scheduler_module, "LEAST_PAUSE_S", 0.0)
     monkeypatch.setattr(scheduler_module, "MISSING_GRACE_S", 0.5)
+    monkeypatch.chdir(tmp_path)
     yield folder
     fake_pbs.configure(folder, down=False, history=True)
     ids = [path.stem for path in (folder / "jobs").glob("*.json")]
@@ -260,6 +261,19 @@ def test_a_refused_submission_is_an_error(server: Path, tmp_path: Path) -> None:
         provider.submit("exit 0", 1, "parsl.cpu.block-0")
     assert "Unknown queue" in str(caught.value.stderr)
     assert provider.submitted == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "later"),
+    [
+        ("qsub: would exceed queue workq's per-user limit of jobs in 'Q' state", True),
+        ("qsub: Job exceeds queue and/or server resource limits", False),
+        ("qsub: Unauthorized Request", False),
+        ("Connection refused\nqsub: cannot connect to server pbs01 (errno=15010)", True),
+    ],
+)
+def test_what_may_be_taken_later(said: str, later: bool) -> None:
+    assert PBS(poll_every_s=1.0, timeout_s=1.0).may_come_later(said) is later
 
 
 def test_one_query_for_all_pools(server: Path, tmp_path: Path) -> None:

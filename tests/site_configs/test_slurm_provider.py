@@ -266,17 +266,17 @@ def test_a_submission_without_an_answer_is_not_made_twice(scripted: Path, tmp_pa
     assert asked(scripted, "sbatch") == before
 
 
+POLICY = (
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit "
+    "limit, user's size and/or time limits)"
+)
+
+
 def test_a_full_queue_is_waited_for_and_a_wrong_request_is_not(
     scripted: Path, tmp_path: Path
 ) -> None:
-    say(
-        scripted,
-        "sbatch",
-        error="sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission "
-        "failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time "
-        "limits)\n",
-        status=1,
-    )
+    full = f"sbatch: error: QOSMaxSubmitJobPerUserLimit\n{POLICY}\n"
+    say(scripted, "sbatch", error=full, status=1)
     provider = make(tmp_path)
     job_id = provider.submit("x", 1, "parsl.cpu.block-0")
     provider.look()
@@ -286,6 +286,11 @@ def test_a_full_queue_is_waited_for_and_a_wrong_request_is_not(
     record = provider.record(job_id)
     assert record.reason == "failed"
     assert record.words == "a block of pool cpu was refused: sbatch: error: Invalid account"
+    too_long = f"sbatch: error: QOSMaxWallDurationPerJobLimit\n{POLICY}\n"
+    say(scripted, "sbatch", error=too_long, status=1)
+    with pytest.raises(SubmitException) as caught:
+        provider.submit("x", 1, "parsl.cpu.block-1")
+    assert "QOSMaxWallDuration" in str(caught.value.stderr)
 
 
 def test_a_silent_command_is_ended(scripted: Path, tmp_path: Path) -> None:
