@@ -283,22 +283,30 @@ def draw(records: Iterator[Record], size: int) -> tuple[int, list[Record]]:
 def distinct(total: int, sample: int, seen: Counter[int]) -> tuple[float, float]:
     """Estimate how many kinds there are among ``total``, and half the 95 % interval's width.
 
-    ``seen[k]`` kinds came k times in a sample drawn without replacement (Chao and Lin, Biometrics
-    68, 912 (2012), equation 9: exact where no kind comes more than twice in all).
+    ``seen[k]`` kinds came k times in a sample drawn without replacement. The larger of two lower
+    bounds is given: every pair of a kind counted as one repetition, exact where no kind comes more
+    than twice; and that of Chao and Lin (Biometrics 68, 912, 2012), exact where all come equally
+    often.
     """
     kinds = sum(seen.values())
-    share = sample / total if total else 1.0
-    if not kinds or share >= 1:
+    if sample < 2 or sample >= total:
         return float(kinds), 0.0
+    share = sample / total
+    pairs = sum(n * math.comb(times, 2) for times, n in seen.items())
+    # With none found, three could still have been expected.
+    spread = _95_PERCENT * math.sqrt(pairs) if pairs else 3.0
+    each = math.comb(total, 2) / math.comb(sample, 2)
 
-    def estimate(twice: float) -> float:
-        once = max(seen[1] - 2 * (twice - seen[2]), 0.0)
-        unseen = 2 * twice * sample / max(sample - 1, 1) + share / (1 - share) * once
+    def chao_lin(once: float, twice: float) -> float:
+        unseen = 2 * twice * sample / (sample - 1) + share / (1 - share) * once
         return kinds + (once * once / unseen if unseen else 0.0)
 
-    # With none found twice, three could still have been expected.
-    spread = _95_PERCENT * math.sqrt(seen[2]) if seen[2] else 3.0
-    return estimate(seen[2]), abs(estimate(seen[2]) - estimate(seen[2] + spread))
+    by_pairs, bound = total - pairs * each, chao_lin(seen[1], seen[2])
+    if by_pairs >= bound:
+        return by_pairs, spread * each
+    by_once = bound - chao_lin(seen[1] + math.sqrt(max(seen[1], 1)), seen[2])
+    by_twice = bound - chao_lin(seen[1], seen[2] + math.sqrt(max(seen[2], 1)))
+    return bound, _95_PERCENT * math.hypot(by_once, by_twice)
 
 
 def _kinds(keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], Counter[int]]:
@@ -330,8 +338,6 @@ def _from_sample(total: int, entries: list[Entry], reckoner: _Reckoner) -> _Read
     read.bad = total - good
     read.molecules = round(molecules)
     read.repeated = good - round(origins)
-    if read.bad > len(read.examples):
-        read.examples.append(f"... and about {read.bad - len(read.examples):,} more")
     bad_margin = _95_PERCENT * math.sqrt(max(share_bad * (1 - share_bad), 1 / n) / n) * total
     read.margins = {
         "bad": bad_margin,
@@ -366,10 +372,7 @@ def _read(campaign: Campaign, store: Store | None, reckoner: _Reckoner, *, exact
             if total > EXACT_ENTRIES:
                 return _from_sample(total, list(reading.entries(iter(drawn))), reckoner)
         entries = read_entries(files, source, understand=reading.entries)
-        read = _from_entries(entries, reckoner)
-    if read.bad > _BAD_EXAMPLES:
-        read.examples.append(f"... and {read.bad - _BAD_EXAMPLES} more")
-    return read
+        return _from_entries(entries, reckoner)
 
 
 def _pool(site: Site, pool: str, left_s: float, bundles: int) -> PoolForecast:
@@ -409,6 +412,8 @@ def forecast(campaign: Campaign, site: Site, *, exact: bool = False) -> Forecast
             raise
     estimates = learned_estimates(snapshot, plan)
     read = _read(campaign, store, _Reckoner(plan, index, estimates), exact=exact)
+    if (more := read.bad - len(read.examples)) > 0:
+        read.examples.append(f"... and {'about ' if read.sampled else ''}{more:,} more")
     stages: list[StageForecast] = []
     pool_s: defaultdict[str, float] = defaultdict(float)
     pool_bundles: Counter[str] = Counter()
