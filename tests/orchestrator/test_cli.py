@@ -531,7 +531,7 @@ def test_a_campaign_file_that_is_not_there(tmp_path: Path, command: str) -> None
 def test_a_wrong_site_is_one_message(campaign: Path) -> None:
     for command in ("plan", "run"):
         message = one_line(basin(command, campaign, "--site", "archer3"), 2)
-        assert "known are local" in message
+        assert "known are aurora, frontier, local, " in message
 
 
 @pytest.mark.parametrize(

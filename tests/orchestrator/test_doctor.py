@@ -99,3 +99,62 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
         links = {f.what: f for f in doctor._machine(folder)}["hard links here"]
     assert links.state == "broken"
     assert "put the store elsewhere" in links.detail
+
+
+# --- a site, looked at closely ----------------------------------------------------------------
+
+CLUSTER = """\
+base = "slurm"
+account = "chem"
+[pools.cpu]
+partition = "standard"
+cores_per_node = 64
+"""
+
+
+def slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, opinion: str) -> None:
+    """Put a SLURM first on PATH that thinks so of any script."""
+    (folder / "bin").mkdir()
+    answers = {"sbatch": opinion, "squeue": "", "scancel": "exit 1"}
+    for name, text in answers.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+
+
+def site_findings(folder: Path, text: str = CLUSTER) -> dict[str, Finding]:
+    path = folder / "mycluster.toml"
+    path.write_text(text)
+    return {f.what: f for f in doctor._site(str(path), folder)}
+
+
+def test_a_site_that_would_work_is_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "sbatch: Job 7 to start at 2030-01-01T10:00:00 using 64 processors on nodes n1"
+    slurm(tmp_path, monkeypatch, f'echo "$*" > {tmp_path}/asked; echo "{words}" >&2')
+    found = site_findings(tmp_path)
+    assert {f.state for f in found.values()} == {"ok"}
+    assert found["site mycluster.toml: cpu"].detail.startswith("a block would start at 2030-01-01")
+    assert "--test-only" in (tmp_path / "asked").read_text(), "nothing is submitted"
+    assert "python" in found["site mycluster.toml: workers"].detail
+    (slurm_found, pbs) = doctor._schedulers()
+    assert (slurm_found.state, pbs.state) == ("ok", "missing")
+
+
+def test_what_is_wrong_with_a_site_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(tmp_path, monkeypatch, "echo 'allocation failure: Invalid account' >&2; exit 1")
+    found = site_findings(tmp_path, CLUSTER.replace("account", 'worker_init = "exit 3"\naccount'))
+    account, workers = (found[f"site mycluster.toml: {what}"] for what in ("cpu", "workers"))
+    assert account.state == workers.state == "broken"
+    assert "sbatch would refuse a block: allocation failure: Invalid account" in account.detail
+    assert "worker_init" in workers.detail
+    (typo,) = site_findings(tmp_path, CLUSTER.replace("partition", "partiton")).values()
+    assert typo.state == "broken"
+    assert 'did you mean "partition"' in typo.detail
+
+
+def test_a_cluster_seen_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    found = site_findings(tmp_path)
+    assert found["site mycluster.toml"].state == "ok", "the file itself is"
+    assert "try a login node" in found["site mycluster.toml: scheduler"].detail
