@@ -37,6 +37,14 @@ _ENDS: Final = {
 }
 
 
+class RefusedError(SubmitException):
+    """The scheduler refused a submission for good; said in its own words."""
+
+    def __str__(self) -> str:
+        said = " ".join((self.stderr or self.stdout or self.message).split())
+        return f"the scheduler refused {self.job_name}: {said}"
+
+
 class ResilientProvider(_Base):
     """Comes before a ClusterProvider of Parsl's among a class's bases.
 
@@ -133,7 +141,9 @@ class ResilientProvider(_Base):
                 error = (exc.stderr or "").strip()
                 late = self._command and self.scheduler.may_come_later(error)
                 if not late:
-                    raise
+                    raise RefusedError(
+                        name, exc.message, exc.stdout, exc.stderr, getattr(exc, "retcode", None)
+                    ) from exc
             finally:
                 self.walltime = base
             script = shlex.split(self._command)[-1]

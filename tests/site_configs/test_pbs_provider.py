@@ -259,7 +259,7 @@ def test_a_refused_submission_is_an_error(server: Path, tmp_path: Path) -> None:
     provider.queue = "nosuch"
     with pytest.raises(SubmitException) as caught:
         provider.submit("exit 0", 1, "parsl.cpu.block-0")
-    assert "Unknown queue" in str(caught.value.stderr)
+    assert str(caught.value) == "the scheduler refused basin.cpu.block-0: qsub: Unknown queue"
     assert provider.submitted == 0
 
 
