@@ -13,6 +13,7 @@ from orchestrator.store import Store
 from tests.cluster.disturbances import Disturber, Records, account, write_site
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.orchestrator.run_fixtures import (
+    SMALL,
     Run,
     assert_no_key_twice_in_segments,
     by_key,
@@ -99,6 +100,39 @@ def assert_is_quiet(campaign: Path, quiet: Store) -> None:
         energies = [np.frombuffer(r["final_energy_eV"])[0] for r in (row, theirs[key])]
         assert energies[0] == pytest.approx(energies[1], abs=1e-9)
     assert not [p for p in (store.path / "checkpoints").rglob("*.npz") if p.name[0] != "."]
+
+
+def test_blocks_drain_before_their_walltime_ends(
+    slurm_cluster: SlurmCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    records = Records(tmp_path / "records")
+    for name, value in records.environment.items():
+        monkeypatch.setenv(name, value)
+    stage = '[[stages]]\nkernel = "rehearse"\nconformers = 3\nseconds = "2 s"\n'
+    campaign = write_campaign(tmp_path / "draining", SMALL[:20], stages=stage, run=RUN)
+    # Two minutes of sleep over two blocks of a minute each, which cannot hold them.
+    site = write_site(tmp_path, walltime="1 min")
+    with running(campaign, f"--site={site}", workers=None) as run:
+        # All of this sleeps: the cores are free for what the other test is compared with.
+        for name in records.environment:
+            monkeypatch.delenv(name)
+        request.getfixturevalue("quiet")
+        assert run.wait(LIMIT_S) == 0, run.output()
+        summary = run.end()
+        slurm_cluster.assert_empty()
+        run.assert_gone()
+    assert summary["lost_bundles"] == 0
+    tasks = by_key(store_of(campaign), "tasks").values()
+    assert Counter((row["status"], row["attempts"][0]) for row in tasks) == {("ok", 1): 60}
+    executions = records.executions()
+    assert Counter(e.status for e in executions) == {"ok": 60}, "begun, but not finished in time"
+    blocks = {row["block"] for row in tasks}
+    assert len(blocks) >= 3
+    ends = {slurm_cluster.job(job_id)["JobState"] for job_id in blocks}
+    assert ends <= {"COMPLETED", "CANCELLED"}
 
 
 def test_whatever_a_cluster_does_the_rows_are_a_quiet_runs(

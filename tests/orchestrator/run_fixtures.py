@@ -170,7 +170,7 @@ class Run:
 
 
 @contextmanager
-def running(campaign: Path, *arguments: str, workers: int = 2) -> Iterator[Run]:
+def running(campaign: Path, *arguments: str, workers: int | None = 2) -> Iterator[Run]:
     """Start `basin run`; end everything it started on the way out."""
     run = Run(campaign, *arguments, workers=workers)
     try:
