@@ -8,6 +8,7 @@ outlives a Ctrl-C at the terminal, which reaches it too, so that the driver can 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -21,6 +22,9 @@ def main() -> None:
     """Become the interchange (Parsl passes its configuration on standard input)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    # One connection a node; many systems allow 1 024 unless asked for more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if os.environ.get(DRIVER_PID, str(os.getppid())) != str(os.getppid()):
         sys.exit("the driver is gone already")
     script = shutil.which("interchange.py")
