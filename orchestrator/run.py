@@ -335,7 +335,10 @@ class Driver:
         try:
             kernel = parsl.load(self.site.config)
         except Exception as exc:
-            raise RunError(f"site {self.site.name!r} could not be started: {exc}") from exc
+            what = f"site {self.site.name!r} could not be started: {exc}"
+            if "nterchange" in what:
+                what += "; an `address` in the site file must be one of this host's (see `ip addr`)"
+            raise RunError(what) from exc
         try:
             pools = self.campaign.pools
             self._executors = {pool: kernel.executors[pool] for pool in pools}

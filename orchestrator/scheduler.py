@@ -141,7 +141,7 @@ class Slurm(Scheduler):
 
     def answers(self) -> str:
         done = self._run(["squeue", "--noheader", "--me"])
-        return " ".join(done.stderr.split()) if done.returncode else ""
+        return _last_line(done.stderr) if done.returncode else ""
 
 
 class Pbs(Scheduler):
@@ -170,7 +170,11 @@ class Pbs(Scheduler):
 
     def answers(self) -> str:
         done = self._run(["qstat"])
-        return " ".join(done.stderr.split()) if done.returncode else ""
+        return _last_line(done.stderr) if done.returncode else ""
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 SCHEDULERS: dict[str, Scheduler] = {"slurm": Slurm(), "pbs": Pbs()}

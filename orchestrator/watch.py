@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _BLOCKS = 16
 _ENDED = 3
 _EVERY_S = 2.0
+_ASK_EVERY_S = 60.0
+_SOON_S = 10.0
 _TAIL_BYTES, _TAIL_LINES = 8192, 4
 
 
@@ -66,10 +68,13 @@ class View:
         return [b for b in self.progress.blocks if b["state"] != "ended"] if self.progress else []
 
 
-def look(campaign: Campaign, store: Store, *, exact: bool = False) -> View:
+def look(
+    campaign: Campaign, store: Store, *, exact: bool = False, jobs: dict[str, str] | None = None
+) -> View:
     """Look at a campaign from wherever its store can be read; nothing is changed.
 
-    ``exact``: count the store itself, and believe no driver.
+    ``exact``: count the store itself, and believe no driver. ``jobs``: the driver jobs, where the
+    scheduler is not to be asked for them again.
     """
     return View(
         campaign=campaign.name,
@@ -77,7 +82,7 @@ def look(campaign: Campaign, store: Store, *, exact: bool = False) -> View:
         store=str(store.path),
         running=lock.is_running(store.path),
         driver=lock.who(store.path),
-        jobs=chain.living(store.path),
+        jobs=chain.living(store.path) if jobs is None else jobs,
         standing=stand(campaign, store, exact=exact),
         progress=progress.read(store.path),
         training=str(said(store.path).get("line", "")),
@@ -215,11 +220,17 @@ def watch(campaign: Campaign, store: Store) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    out = Console(highlight=False)
-    with Live(console=out, auto_refresh=False) as live:
+    asked = 0.0
+    jobs: dict[str, str] = {}
+    with Live(console=Console(highlight=False), auto_refresh=False) as live:
         while True:
-            view = look(campaign, store)
+            if time.monotonic() - asked > _ASK_EVERY_S or not asked:
+                asked, jobs = time.monotonic(), chain.living(store.path)
+            view = look(campaign, store, jobs=jobs)
+            if not view.running and jobs:
+                # Between two drivers, or after the last one: only the scheduler knows.
+                asked = min(asked, time.monotonic() - _ASK_EVERY_S + _SOON_S)
             live.update(page(view), refresh=True)
-            if not view.running and not view.jobs:
+            if not view.running and not jobs:
                 return
             time.sleep(_EVERY_S)
