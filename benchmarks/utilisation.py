@@ -1,9 +1,9 @@
 """How busy the cores of a SLURM allocation are, and how soon idle blocks are given back.
 
 Organic molecules and drugs, embedded, MMFF and GFN2, over two blocks of one core on a real SLURM
-on this host; a short rehearsal on the gpu partition leaves a block idle early. Busy: wall seconds
-of the tasks between the first and the last start. Allocated: cores of running blocks meanwhile, and
-for comparison cores times that whole time. Needs root, slurm-wlm and munge.
+on this host, with the site's default intervals. Busy: wall seconds of the tasks between the first
+and the last start, against the cores of running blocks meanwhile, and against cores times that
+whole time. Then a rehearsal whose gpu block is idle soon. Needs root, slurm-wlm and munge.
 
     python -m benchmarks.utilisation [--minutes 10]
 """
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.machine import ROOT, table
 from tests.cluster.disturbances import write_site
 from tests.cluster.slurm_cluster import SlurmCluster, missing
-from tests.orchestrator.run_fixtures import Run, running, store_of, write_campaign
+from tests.orchestrator.run_fixtures import SMALL, running, store_of, write_campaign
 
 CORES = 2
 FILES = tuple(str(ROOT / "jobs" / "molecules" / name) for name in ("organics.smi", "drugs.smi"))
@@ -30,12 +30,24 @@ STAGES = (
     '[[stages]]\nkernel = "embed"\nconformers = {conformers}\n[[stages]]\nkernel = "mmff"\n'
     '[[stages]]\nname = "gfn2"\nkernel = "relax"\nlevel = "GFN2-xTB"\n'
 )
-REHEARSAL = '[[stages]]\nname = "gpu"\nkernel = "rehearse"\npool = "gpu"\nseconds = "20 ms"\n'
+IDLE = (
+    '[[stages]]\nname = "gpu"\nkernel = "rehearse"\npool = "gpu"\nseconds = "1 s"\n'
+    '[[stages]]\nname = "cpu"\nkernel = "rehearse"\nseconds = "20 s"\n'
+)
 
 
-def _campaign(folder: Path, conformers: int, more: str = "") -> Path:
+def _campaign(folder: Path, conformers: int) -> Path:
     files = "[" + ", ".join(f'"{name}"' for name in FILES) + "]"
-    return write_campaign(folder, stages=STAGES.format(conformers=conformers) + more, files=files)
+    return write_campaign(folder, stages=STAGES.format(conformers=conformers), files=files)
+
+
+def _site(folder: Path) -> Path:
+    """Write the test cluster's site file without its hurried intervals."""
+    path = write_site(folder, walltime="2 h", exclusive=False)
+    hurried = ("poll_every", "heartbeat_", "idle_limit")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith(hurried)))
+    return path
 
 
 def conformers_for(seconds: float, folder: Path) -> int:
@@ -43,22 +55,27 @@ def conformers_for(seconds: float, folder: Path) -> int:
     campaign = _campaign(folder, 1)
     with running(campaign, workers=CORES) as run:
         run.wait(900)
-    wall = store_of(campaign).read("tasks", ["wall_s"])["wall_s"]
-    return max(1, round(seconds * CORES / float(wall.sum())))
+    cpu = store_of(campaign).read("tasks", ["cpu_s"])["cpu_s"]
+    return max(1, round(seconds * CORES / float(cpu.sum())))
 
 
-def watch(cluster: SlurmCluster, run: Run) -> dict[str, list[float]]:
-    """Wait for the run's end; return [first seen running, last seen] of each job, epoch seconds."""
+def watch(cluster: SlurmCluster, campaign: Path, site: Path) -> dict[str, list[float]]:
+    """Run a campaign; return [first seen running, last seen] of each job, epoch seconds."""
     seen: dict[str, list[float]] = {}
-    ended = False
-    while not ended or cluster.squeue():
-        ended = run.process.poll() is not None
-        for job in cluster.squeue():
-            if job["state"] in ("RUNNING", "COMPLETING"):
-                span = seen.setdefault(f"{job['partition']} {job['id']}", [time.time()] * 2)
-                span[1] = time.time()
-        time.sleep(0.5)
+    with running(campaign, f"--site={site}", workers=None) as run:
+        while run.process.poll() is None or cluster.squeue():
+            for job in cluster.squeue():
+                if job["state"] in ("RUNNING", "COMPLETING"):
+                    span = seen.setdefault(f"{job['partition']} {job['id']}", [time.time()] * 2)
+                    span[1] = time.time()
+            time.sleep(0.5)
+        assert run.process.returncode == 0, run.output()
     return seen
+
+
+def last_seen(jobs: dict[str, list[float]], partition: str) -> float:
+    """Return when the last job of a partition was seen last."""
+    return max(end for job, (_, end) in jobs.items() if job.startswith(partition))
 
 
 def main() -> None:
@@ -75,31 +92,24 @@ def main() -> None:
         cluster.up()
         os.environ["SLURM_CONF"] = str(cluster.conf)
         try:
-            campaign = _campaign(folder / "run", conformers, REHEARSAL)
-            site = write_site(folder, walltime="2 h", exclusive=False)
-            run = Run(campaign, f"--site={site}", workers=None)
-            try:
-                jobs = watch(cluster, run)
-                assert run.process.returncode == 0, run.output()
-            finally:
-                run.close()
+            site = _site(folder)
+            campaign = _campaign(folder / "run", conformers)
+            jobs = watch(cluster, campaign, site)
+            idle = write_campaign(folder / "idle", SMALL[:8], stages=IDLE)
+            idle_jobs = watch(cluster, idle, site)
         finally:
             cluster.down()
-        rows = store_of(campaign).read("tasks", ["stage", "started_s", "wall_s", "status"])
-    rehearsed = rows["stage"].equals("gpu")
-    start, wall = rows["started_s"][~rehearsed], rows["wall_s"][~rehearsed].astype(float)
+        names = ["stage", "started_s", "wall_s", "status"]
+        rows = store_of(campaign).read("tasks", names)
+        idle_rows = store_of(idle).read("tasks", names)
+    start, wall = rows["started_s"], rows["wall_s"].astype(float)
     first, last = float(start.min()), float(start.max())
     busy = float((np.minimum(start + wall, last) - start).sum())
-    allocated = sum(
-        max(0.0, min(end, last) - max(began, first))
-        for job, (began, end) in jobs.items()
-        if job.startswith("cpu")
-    )
-    gpu_end = float((rows["started_s"] + rows["wall_s"])[rehearsed].max())
-    gpu_back = max(end for job, (_, end) in jobs.items() if job.startswith("gpu")) - gpu_end
-    cpu_back = max(end for job, (_, end) in jobs.items() if job.startswith("cpu"))
-    cpu_back -= float((start + wall).max())
+    allocated = sum(max(0.0, min(end, last) - max(began, first)) for began, end in jobs.values())
     span = last - first
+    ends = idle_rows["started_s"] + idle_rows["wall_s"]
+    back = last_seen(idle_jobs, "gpu") - float(ends[idle_rows["stage"].equals("gpu")].max())
+    longer = float(ends.max()) - last_seen(idle_jobs, "gpu")
     table(
         f"Utilisation: {len(start):,} tasks of GFN2 work over two one-core blocks of SLURM",
         ["what", "result"],
@@ -109,8 +119,12 @@ def main() -> None:
             ["busy / (cores x time)", f"{100 * busy / (CORES * span):.1f} %"],
             ["busy / allocated core seconds", f"{100 * busy / allocated:.1f} %"],
             ["tasks not ok", int((~rows["status"].equals("ok")).sum())],
-            ["idle block (gpu) given back after its last task", f"{gpu_back:.0f} s"],
-            ["last block given back after the last task", f"{cpu_back:.0f} s"],
+            ["idle gpu block given back after its last task", f"{back:.0f} s"],
+            ["the campaign went on after that for", f"{longer:.0f} s"],
+            [
+                "last block given back after the last task",
+                f"{last_seen(jobs, 'cpu') - float((start + wall).max()):.0f} s",
+            ],
         ],
     )
 
