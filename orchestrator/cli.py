@@ -202,8 +202,13 @@ def plan(
         markup=False,
     )
     if found.sampled:
+        m = found.margins
         console.print(
-            f"  (from {found.sampled:,} entries drawn by chance; --exact counts all)", markup=False
+            f"  (entries are counted, the rest is estimated from {found.sampled:,} of them drawn "
+            f"at random; 95 %: molecules ± {m['molecules']:,.0f}, repeated ± {m['duplicates']:,.0f}, "
+            f"unreadable ± {m['bad']:,.0f}, core-hours ± {core_hours(m['core_hours'])}; "
+            "--exact reads all)",
+            markup=False,
         )
     for line in found.bad_examples:
         console.print(f"  {line}", markup=False)

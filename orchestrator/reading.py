@@ -128,8 +128,11 @@ def main() -> None:
         except EOFError:
             return
         answer: list[Any] = [record.entry() for record in batch]
-        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+            answers.flush()
+        except BrokenPipeError:
+            os._exit(0)  # whoever asked is gone, and what is left in the buffer with it
 
 
 if __name__ == "__main__":
