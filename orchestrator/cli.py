@@ -205,8 +205,9 @@ def plan(
         m = found.margins
         console.print(
             f"  (entries are counted, the rest is estimated from {found.sampled:,} of them drawn "
-            f"at random; 95 %: molecules ± {m['molecules']:,.0f}, repeated ± {m['duplicates']:,.0f}, "
-            f"unreadable ± {m['bad']:,.0f}, core-hours ± {core_hours(m['core_hours'])}; "
+            f"at random; 95 %: molecules ± {m['molecules']:,.0f}, "
+            f"repeated ± {m['duplicates']:,.0f}, unreadable ± {m['bad']:,.0f}, "
+            f"core-hours ± {core_hours(m['core_hours'])}; "
             "--exact reads all)",
             markup=False,
         )
