@@ -400,7 +400,11 @@ class Driver:
                 if (pool, name) not in told:
                     told.add((pool, name))
                     record = _record(executor, name)
-                    if record is not None and len(record.nodes) == 1:
+                    if record is None or (pool, name) in self._worked:
+                        continue
+                    # A node has no part in an end that others decided on.
+                    by_others = record.reason in fleet.KNOWN_ENDS - {"completed"}
+                    if len(record.nodes) == 1 and not by_others:
                         self._short_lived.put((pool, record.nodes[0], record.words))
             if len(failed) - self._forgiven_blocks.get(pool, 0) >= BLOCK_FAILURE_LIMIT:
                 last, record = blocks[failed[-1]], _record(executor, failed[-1])
