@@ -181,9 +181,10 @@ def plan(
     On a cluster: also what would be submitted, in node-hours and as batch scripts.
     """
     from orchestrator.forecast import forecast
-    from orchestrator.sites import load_site
+    from orchestrator.sites import load_site, require_plain_path
 
     campaign = _campaign(file, store)
+    require_plain_path(campaign.store)
     found = forecast(campaign, load_site(site, workers=workers), exact=exact)
     if as_json:
         _print_json(asdict(found))
@@ -446,9 +447,10 @@ def submit(
     """
     from orchestrator import submit as batch
     from orchestrator.molecules import find_files
-    from orchestrator.sites import load_site
+    from orchestrator.sites import load_site, require_plain_path
 
     campaign = _campaign(file, store)
+    require_plain_path(campaign.store)
     find_files(campaign.molecules, campaign.path.parent)
     loaded = load_site(site)
     wanted = {

@@ -39,7 +39,7 @@ from orchestrator.molecules import find_files, sources_digest
 from orchestrator.nodes import BROKEN_LIMIT, Nodes
 from orchestrator.plan import Item, Plan, StagePlan
 from orchestrator.schema import STATUSES
-from orchestrator.sites import Site, prepare
+from orchestrator.sites import Site, prepare, require_plain_path
 from orchestrator.store import Store
 from orchestrator.stream import Stream
 from orchestrator.tally import plan_digest
@@ -197,6 +197,7 @@ class Driver:
         self.site = site
         self.plan = Plan(campaign)
         site.require_pools(campaign.pools)
+        require_plain_path(campaign.store)
         if campaign.train is not None:
             # What is wrong in it is better known now than after all the rest.
             from orchestrator.train_file import load_training

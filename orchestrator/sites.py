@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import shlex
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import SiteError
+from orchestrator.errors import SiteError, StoreError
 
 if TYPE_CHECKING:
     from parsl.config import Config
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from site_configs.support.settings import DriverJob, PoolSettings, SiteSettings
 
 _POOL_COMMAND = "process_worker_pool.py "
+# Parsl writes paths into its scripts and commands without quotes.
+_NOT_PLAIN = re.compile(r"[\s'\"`$\\;&|<>(){}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +280,15 @@ def _with_cores(name: str, scheduler: str, label: str, pool: PoolSettings) -> Po
         wanted = kind.memory if pool.exclusive else 2 * 2**30 * kind.cores
         known["memory_per_node"] = min(wanted, int(0.95 * kind.memory))
     return pool.model_copy(update=known)
+
+
+def require_plain_path(store: Path) -> None:
+    """Raise StoreError where no worker could be started for a store because of its path."""
+    if odd := _NOT_PLAIN.search(str(store)):
+        raise StoreError(
+            f"{store}: its path contains {odd[0]!r}, with which no worker can be started; name "
+            "a folder without it as `store` of the campaign file, or with --store"
+        )
 
 
 def prepare(site: Site, run_dir: Path) -> None:

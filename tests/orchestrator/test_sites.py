@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import SiteError
-from orchestrator.sites import batch_scripts, known_sites, load_site
+from orchestrator.errors import SiteError, StoreError
+from orchestrator.sites import batch_scripts, known_sites, load_site, require_plain_path
 
 HTEX = """
 from parsl.config import Config
@@ -269,3 +269,13 @@ def test_plan_prints_the_script_and_starts_nothing(tmp_path: Path, no_scheduler:
     assert not no_scheduler.exists()
     assert not (tmp_path / "c.basin").exists()
     assert not list(tmp_path.glob("runinfo*"))
+
+
+@pytest.mark.parametrize("name", ["my runs", "it's", "$HOME", "a;b", 'say "hi"'])
+def test_a_store_whose_path_a_batch_script_cannot_hold_is_refused(name: str) -> None:
+    with pytest.raises(StoreError, match="--store"):
+        require_plain_path(Path("/scratch") / name / "store")
+
+
+def test_usual_paths_are_taken() -> None:
+    require_plain_path(Path("/scratch/användare/2026-01-02T10:00_a+b,c=d@e~1/x.basin"))
