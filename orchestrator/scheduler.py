@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from orchestrator.errors import SiteError
+from site_configs.support.scheduler import without_job
 
 _LIMIT_S = 60.0
 
@@ -41,11 +42,12 @@ class Scheduler:
         """Submit a script; return the job's id. Raises SiteError with the scheduler's words."""
         command = self.command(script, after)
         done = self._run(command)
-        lines = done.stdout.split()
-        if done.returncode or not lines:
-            words = " ".join((done.stderr or done.stdout).split()) or f"exit {done.returncode}"
-            raise SiteError(f"{command[0]} refused {script}: {words}")
-        return lines[0].split(";")[0]  # sbatch --parsable adds the cluster's name
+        words = done.stdout.split()
+        if done.returncode or not words:
+            said = " ".join((done.stderr or done.stdout).split()) or f"exit {done.returncode}"
+            raise SiteError(f"{command[0]} refused {script}: {said}")
+        # A site's own wrapper may say more before the id, and --parsable adds the cluster's name.
+        return words[-1].split(";")[0]
 
     def cancel(self, jobs: Iterable[str]) -> list[str]:
         """Cancel jobs, those among them that are still there; return these."""
@@ -91,20 +93,6 @@ class Scheduler:
             return subprocess.CompletedProcess(
                 command, 124, "", f"no answer from {command[0]} within {_LIMIT_S:.0f} s"
             )
-
-
-def without_job(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what tells of the batch job that it belongs to.
-
-    A job submitted from inside a job inherits it, and a foreign SLURM_MEM_PER_CPU or
-    SLURM_CPUS_PER_TASK breaks `srun` there.
-    """
-    kept = ("SLURM_CONF", "PBS_CONF_FILE", "PBS_SERVER", "PBS_DEFAULT", "PBS_EXEC")
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in kept or not name.startswith(("SLURM_", "SLURMD_", "PBS_"))
-    }
 
 
 class Slurm(Scheduler):

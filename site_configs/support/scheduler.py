@@ -33,9 +33,12 @@ LONGEST_PAUSE_S: Final = 120.0
 _TAIL_BYTES: Final = 4096
 
 # What a job within a job must not inherit, and what would change a query's form.
-_STRIPPED: Final = ("SLURM_", "SQUEUE_", "SACCT_", "SCANCEL_", "PBS_", "BASIN_BLOCK_")
+_STRIPPED: Final = (
+    *("SLURM_", "SLURMD_", "SQUEUE_", "SACCT_", "SCANCEL_", "PBS_"),
+    *("BASIN_BLOCK_", "BASIN_DRIVER_JOB"),
+)
 _KEPT: Final = frozenset(
-    {"SLURM_CONF", "SLURM_CLUSTERS", "PBS_CONF_FILE", "PBS_SERVER", "PBS_EXEC"}
+    {"SLURM_CONF", "SLURM_CLUSTERS"} | {"PBS_CONF_FILE", "PBS_SERVER", "PBS_DEFAULT", "PBS_EXEC"}
 )
 
 
@@ -67,18 +70,24 @@ class Block:
     waiting_command: str = ""
 
 
+def without_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what tells of the batch job that it belongs to.
+
+    A job submitted from inside a job inherits it, and a foreign SLURM_MEM_PER_CPU or
+    SLURM_CPUS_PER_TASK breaks `srun` there.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _KEPT or not name.startswith(_STRIPPED)
+    }
+
+
 def run(command: str, timeout_s: float) -> tuple[int, str, str]:
     """Run a command; return exit status, output and error output.
 
     124 with the reason as error output where it did not end in time: then all of it is killed.
     """
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not name.startswith(_STRIPPED)
-    }
-    environment.pop("BASIN_DRIVER_JOB", None)
-    environment["SLURM_TIME_FORMAT"] = "standard"
     process = subprocess.Popen(
         command,
         shell=True,
@@ -86,7 +95,7 @@ def run(command: str, timeout_s: float) -> tuple[int, str, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env=environment,
+        env={**without_job(os.environ), "SLURM_TIME_FORMAT": "standard"},
     )
     try:
         out, error = process.communicate(timeout=timeout_s)

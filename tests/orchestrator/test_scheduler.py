@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import SiteError
-from orchestrator.scheduler import SCHEDULERS, surrounding, without_job
+from orchestrator.scheduler import SCHEDULERS, surrounding
 
 SLURM, PBS = SCHEDULERS["slurm"], SCHEDULERS["pbs"]
 # As a real PBS server answers, with and without history; shortened.
@@ -32,7 +32,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 def test_a_follow_up_starts_where_the_first_job_fails(tmp_path: Path, programs: Programs) -> None:
     script = tmp_path / "driver.sh"
-    programs("sbatch", "echo '4711;tetralith'")
+    programs("sbatch", "echo 'charged to: chem'; echo '4711;tetralith'")
     programs("qsub", "echo 28.pbs01")
     assert SLURM.submit(script, after="4710") == "4711"
     assert PBS.submit(script, after="27.pbs01") == "28.pbs01"
@@ -94,12 +94,15 @@ def test_a_job_submitted_from_a_job_inherits_nothing(
     monkeypatch.setenv("SLURM_JOB_ID", "4710")
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_CLUSTERS", "tetralith")
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
     found = surrounding()
     assert found == (SLURM, "4710")
     programs("sbatch", f"env > {tmp_path}/environment; echo 4711")
     SLURM.submit(tmp_path / "driver.sh")
     environment = (tmp_path / "environment").read_text()
     assert "SLURM_CONF=/etc/slurm.conf" in environment
+    assert "SLURM_CLUSTERS=tetralith" in environment
     assert "SLURM_MEM_PER_CPU" not in environment
+    assert "SQUEUE_STATES" not in environment, "it would hide what waits"
     assert "SLURM_JOB_ID" not in environment
-    assert without_job({"PBS_JOBID": "1", "HOME": "/h"}) == {"HOME": "/h"}
