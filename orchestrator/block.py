@@ -28,8 +28,8 @@ _VISIBLE: Final = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 def node_name() -> str:
-    """Return the node's name as the scheduler knows it, else the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    """Return the node's name as the scheduler knows it, else the host's without its domain."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
 
 
 def block_end() -> float | None:

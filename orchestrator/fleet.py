@@ -44,7 +44,7 @@ class Fleet:
         self._executors = executors
         self._before = node_hours_before
         self._bad = bad if bad is not None else {}
-        self._managers: dict[tuple[str, str], str] = {}
+        self._managers: dict[tuple[str, str], tuple[str, str]] = {}  # block and host of each
         self._tasks: Counter[tuple[str, str]] = Counter()
         self._done_hours: dict[str, float] = {}
         self._polled = 0.0
@@ -73,7 +73,8 @@ class Fleet:
                 place = (pool, manager["manager"])
                 if place not in self._managers:
                     self.arrivals += 1
-                    self._managers[place] = manager["block_id"]
+                    host = str(manager["hostname"]).partition(".")[0]
+                    self._managers[place] = manager["block_id"], host
                 tasks[pool, manager["block_id"]] += manager["tasks"]
                 if manager["active"] and not manager["draining"]:
                     connected[pool] += manager["worker_count"]
@@ -93,7 +94,7 @@ class Fleet:
         if not hasattr(provider, "record"):
             return Verdict(False)
         self._look()
-        block = self._managers.get((pool, manager))
+        block, _ = self._managers.get((pool, manager), (None, ""))
         job = executor.blocks_to_job_id.get(block) if block is not None else None
         record = self._record(pool, job) if job is not None else self._on_host(pool, host)
         if record is None:
@@ -182,26 +183,34 @@ class Fleet:
     # -- giving back ------------------------------------------------------------------------
 
     def _return_bad_blocks(self) -> None:
-        """Send nothing more to blocks on bad nodes alone, and end them once they have nothing."""
+        """Send nothing more to bad nodes; end blocks without others once nothing runs there."""
         if not self._bad:
             return
         for pool, executor in self._executors.items():
-            for block, job in list(executor.blocks_to_job_id.items()):
-                record = self._record(pool, job)
-                if record is None or record.state != "running" or job in self.given_back:
+            useless = self._blocks_on_bad_nodes(pool)
+            for (of_pool, manager), (block, host) in list(self._managers.items()):
+                if of_pool != pool or manager in self._held:
                     continue
-                if not record.nodes or not set(record.nodes) <= self._bad.keys():
-                    continue
-                for (of_pool, manager), of_block in list(self._managers.items()):
-                    if (of_pool, of_block) == (pool, block) and manager not in self._held:
-                        self._held.add(manager)
-                        with contextlib.suppress(Exception):
-                            executor.command_client.run(["HOLD_MANAGER", manager])
-                        # A task may have been sent before it was held: the next poll counts it.
-                        self._tasks[pool, block] += 1
+                if block in useless or host in self._bad:
+                    self._held.add(manager)
+                    with contextlib.suppress(Exception):
+                        executor.command_client.run(["HOLD_MANAGER", manager])
+                    # A task may have been sent before it was held: the next poll counts it.
+                    self._tasks[pool, block] += 1
+            for block, job in useless.items():
                 if not self._tasks[pool, block]:
                     self.given_back.add(job)
                     executor.provider.cancel([job])
+
+    def _blocks_on_bad_nodes(self, pool: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for block, job in list(self._executors[pool].blocks_to_job_id.items()):
+            record = self._record(pool, job)
+            if record is None or record.state != "running" or job in self.given_back:
+                continue
+            if record.nodes and set(record.nodes) <= self._bad.keys():
+                found[block] = job
+        return found
 
     def cancel_all(self, limit_s: float) -> None:
         """End every block that may be left, whatever state Parsl is in, and see them go."""

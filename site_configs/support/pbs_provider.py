@@ -42,8 +42,9 @@ def _seconds(text: str | None) -> float | None:
 
 
 def _nodes(exec_host: str | None) -> tuple[str, ...]:
-    """Node names in "n1/0*4+n2/0*4"."""
-    return tuple(dict.fromkeys(part.split("/")[0] for part in (exec_host or "").split("+") if part))
+    """Node names in "n1/0*4+n2.cluster/0*4", as a host calls itself: without the domain."""
+    parts = [part for part in (exec_host or "").split("+") if part]
+    return tuple(dict.fromkeys(part.split("/")[0].split(".")[0] for part in parts))
 
 
 def _why(job: dict[str, Any]) -> tuple[Reason, str]:
@@ -237,7 +238,7 @@ class ResilientPBSProvider(ResilientProvider, PBSProProvider):
         """PBS cannot leave nodes out, so a block that lands on one of these ends at once."""
         if not self.excluded:
             return ""
-        names = "|".join(re.escape(name) for name in sorted(self.excluded))
+        names = "|".join(sorted(self.excluded))
         return (
             f"if cat \"${{PBS_NODEFILE:-/dev/null}}\" | grep -Eq '^({names})([.]|$)'; then\n"
             "  echo 'Basin: a node of this block is set aside' >&2; exit 1\nfi\n"

@@ -62,6 +62,7 @@ class Executor:
         return [
             {
                 "manager": f"m{block}",
+                "hostname": f"n{int(block) + 1}.cluster",
                 "block_id": block,
                 "tasks": tasks,
                 "worker_count": 4,
@@ -151,6 +152,14 @@ def test_a_block_on_a_bad_node_gets_no_more_and_goes_when_it_has_nothing() -> No
     assert executor.provider.cancelled == ["4711"]
     assert fleet.poll(0.0)
     assert executor.provider.cancelled == ["4711"]
+
+
+def test_of_a_block_with_one_bad_node_only_that_one_gets_no_more() -> None:
+    fleet, executor = fleet_of(replace(RUNNING, nodes=("n1", "n3")), {"n1": "crashes"})
+    assert executor.command_client.sent == [["HOLD_MANAGER", "m0"]]
+    executor.tasks["0"] = 0
+    assert fleet.poll(0.0)
+    assert not executor.provider.cancelled, "its other node works"
 
 
 def test_what_an_earlier_driver_left_is_cancelled_and_its_hours_count() -> None:

@@ -316,7 +316,7 @@ def test_json_that_is_none(server: Path, tmp_path: Path) -> None:
 
 def test_the_script_asks_for_what_it_needs(server: Path, tmp_path: Path) -> None:
     provider = make(tmp_path)
-    provider.exclude_nodes({"bad01"})
+    provider.exclude_nodes({"bad-01"})
     job_id = provider.submit("env", 1, "parsl.cpu.block-0")
     wait_for(provider, job_id, ended)
     (script,) = (p for p in (tmp_path / "scripts").iterdir() if p.suffix[1:].isdecimal())
@@ -324,6 +324,7 @@ def test_the_script_asks_for_what_it_needs(server: Path, tmp_path: Path) -> None
     assert "#PBS -r n" in text
     assert "#PBS -l select=1:ncpus=1:mem=100mb" in text
     assert script.name.startswith("basin.cpu.block-0.")
+    assert not script.with_name(f"{script.name}.stderr").read_text(), "grep has nothing to say"
     printed = script.with_name(f"{script.name}.stdout").read_text()
     start = re.search(r"BASIN_BLOCK_START=(\d+)", printed)
     assert start is not None
