@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -429,6 +429,17 @@ def needs(bundle: Bundle, whole_s: float) -> list[float]:
     return found
 
 
+def together(wanted: list[float], grouped: Sequence[Sequence[int]], whole_s: float) -> list[float]:
+    """Return needs of items such that no batch of them needs more than a fresh block has."""
+    fresh = max(_FRESH_SHARE * whole_s, 1e-6)
+    found = list(wanted)
+    for batch in grouped:
+        share = fresh / max(sum(wanted[i] for i in batch), fresh)
+        for i in batch:
+            found[i] *= share
+    return found
+
+
 def _outcomes(
     guard: Guard,
     bundle: Bundle,
@@ -448,14 +459,18 @@ def _outcomes(
         memory_limit=stage.memory_limit,
     )
     whole_s = control.stop_at - (block.block_start() or time.time())
-    wanted = needs(bundle, whole_s) if math.isfinite(whole_s) else [0.0] * len(bundle.items)
+    grouped = batches(common, payloads)
+    wanted: list[float] | None = None
+    if math.isfinite(whole_s):
+        known = needs(bundle, whole_s)
+        wanted = together([known[i] for i in where], grouped, whole_s)
     return guard.run(
         common,
         payloads,
-        needs=[wanted[i] for i in where],
+        needs=wanted,
         stop_at=control.stop_at,
         cut_at=block.cut_time() or math.inf,
-        batches=batches(common, payloads),
+        batches=grouped,
         time_limit=stage.time_limit,
         memory_limit=stage.memory_limit,
         crash_limit=bundle.crash_limit,

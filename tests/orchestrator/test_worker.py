@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from orchestrator.plan import Item, StagePlan
-from orchestrator.worker import Bundle, needs
+from orchestrator.worker import Bundle, needs, together
 
 STAGE = StagePlan(
     index=0, name="s", kernel="embed", settings={}, label="", digest=b"", parent=-1, conformers=1,
@@ -47,3 +47,11 @@ def test_what_fits_in_no_block_is_tried_in_a_fresh_one() -> None:
 def test_what_was_broken_off_waits_for_a_fresh_block() -> None:
     assert needed("embed", 1.0, cuts=1) == pytest.approx(0.75 * HOUR)
     assert needed("relax", 1.0, cuts=1) < 10.0
+
+
+def test_a_batch_that_fits_in_no_block_is_tried_in_a_fresh_one() -> None:
+    wanted = [2000.0, 2000.0, 10.0, 20.0]
+    found = together(wanted, [[0, 1], [2, 3]], HOUR)
+    assert sum(found[:2]) == pytest.approx(0.75 * HOUR)
+    assert found[2:] == wanted[2:]
+    assert together([0.0], [[0]], 0.0) == [0.0], "a block that is over"
