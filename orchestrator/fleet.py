@@ -73,7 +73,8 @@ class Fleet:
                 place = (pool, manager["manager"])
                 if place not in self._managers:
                     self.arrivals += 1
-                    host = str(manager["hostname"]).partition(".")[0]
+                    # This Parsl's interchange does not tell it; then only whole blocks are bad.
+                    host = str(manager.get("hostname", "")).partition(".")[0]
                     self._managers[place] = manager["block_id"], host
                 tasks[pool, manager["block_id"]] += manager["tasks"]
                 if manager["active"] and not manager["draining"]:
