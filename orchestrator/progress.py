@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.counts import StageCounts
 from orchestrator.shard import write_whole
+from site_configs.support.records import NOT_SUBMITTED
 
 
 @dataclass(slots=True)
@@ -50,6 +51,16 @@ class ProgressFile:
     notes: list[str] = field(default_factory=list)
     complete: bool = False
     ended: bool = False
+
+    @property
+    def alive(self) -> list[dict[str, Any]]:
+        """Blocks that the scheduler had taken, and that had not ended when this was written."""
+        return [
+            block
+            for block in self.blocks
+            if block.get("state") != "ended"
+            and not str(block.get("job_id") or NOT_SUBMITTED).startswith(NOT_SUBMITTED)
+        ]
 
 
 def progress_path(store: Path) -> Path:

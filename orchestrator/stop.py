@@ -66,7 +66,7 @@ def left_over(store: Path) -> list[dict[str, Any]]:
     last = progress.read(store)
     if last is None or lock.is_running(store):
         return []
-    return [b for b in last.blocks if b.get("state") != "ended" and b.get("job_id")]
+    return last.alive
 
 
 def _cancel_blocks(store: Path, site: str, say: Callable[[str], None]) -> bool:
@@ -83,6 +83,7 @@ def _cancel_blocks(store: Path, site: str, say: Callable[[str], None]) -> bool:
         return True
     providers = {e.label: e.provider for e in executors}
     touched = False
+    ended: set[str] = set()
     for pool in dict.fromkeys(b["pool"] for b in blocks):
         jobs = [str(b["job_id"]) for b in blocks if b["pool"] == pool]
         cancel = getattr(providers.get(pool), "cancel_by_id", None)
@@ -90,12 +91,14 @@ def _cancel_blocks(store: Path, site: str, say: Callable[[str], None]) -> bool:
             continue  # its workers notice by themselves that their driver is gone
         gone = cancel(jobs)
         touched = True
+        ended.update(gone)
         if gone:
             say(f"pool {pool}: {', '.join(gone)} of a driver that died: cancelled, or gone already")
         if rest := [job for job in jobs if job not in gone]:
             say(f"pool {pool}: {', '.join(rest)} could not be cancelled; do it yourself")
-    if touched and last is not None:
+    if ended and last is not None:
         for block in last.blocks:
-            block["state"] = "ended"
+            if str(block.get("job_id")) in ended:
+                block["state"] = "ended"
         progress.write(store, last)
     return touched

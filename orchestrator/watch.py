@@ -65,7 +65,7 @@ class View:
     @property
     def alive(self) -> list[dict[str, Any]]:
         """Blocks that had not ended when the driver last told."""
-        return [b for b in self.progress.blocks if b["state"] != "ended"] if self.progress else []
+        return self.progress.alive if self.progress else []
 
 
 def look(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 State: TypeAlias = Literal["pending", "running", "ended"]
 Reason: TypeAlias = Literal[
@@ -17,6 +17,10 @@ Reason: TypeAlias = Literal[
     "failed",
     "unknown",
 ]
+
+
+# A block that the scheduler has not taken yet is known by an id that begins so.
+NOT_SUBMITTED: Final = "waiting-"
 
 
 @dataclass(frozen=True, slots=True)

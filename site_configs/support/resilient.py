@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from parsl.jobs.states import JobState, JobStatus
 from parsl.providers.errors import SubmitException
 
-from site_configs.support.records import BlockRecord, walltime_text
+from site_configs.support.records import NOT_SUBMITTED, BlockRecord, walltime_text
 from site_configs.support.scheduler import JOB_PREFIX, Block, Scheduler, run
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class ResilientProvider(_Base):
             script = shlex.split(self._command)[-1]
             block = Block(
                 record=BlockRecord(
-                    job_id or f"waiting-{self.pool}-{self.submitted}",
+                    job_id or f"{NOT_SUBMITTED}{self.pool}-{self.submitted}",
                     self.pool,
                     n_nodes=self.nodes_per_block,
                     words="" if job_id else f"not submitted yet: {' '.join(error.split())}",

@@ -85,12 +85,25 @@ def test_the_driver_ends_by_itself_and_is_waited_for(
 
 def test_blocks_of_a_dead_driver_are_told_where_they_cannot_be_cancelled(store: Path) -> None:
     blocks = [{"job_id": "21", "pool": "cpu", "state": "running"},
-              {"job_id": "20", "pool": "cpu", "state": "ended"}]  # fmt: skip
+              {"job_id": "20", "pool": "cpu", "state": "ended"},
+              {"job_id": "waiting-cpu-1", "pool": "cpu", "state": "pending"}]  # fmt: skip
     progress.write(store, ProgressFile(run_id="r", site="gone.toml", blocks=blocks))
     assert [b["job_id"] for b in left_over(store)] == ["21"]
     (words,) = said(store)
     assert words.startswith("jobs 21 of the last driver may be left; cancel them yourself: ")
     assert "gone.toml" in words
+
+
+def test_blocks_that_could_not_be_cancelled_are_tried_again(
+    store: Path, queue: Path, tmp_path: Path
+) -> None:
+    blocks = [{"job_id": "21", "pool": "cpu", "state": "running"}]
+    site = str(site_file(tmp_path, 'base = "slurm"\n[pools.cpu]\ncores_per_node = 2\n'))
+    progress.write(store, ProgressFile(run_id="r", site=site, blocks=blocks))
+    assert said(store) == ["pool cpu: 21 could not be cancelled; do it yourself"]
+    queue.write_text("")
+    assert said(store) == ["pool cpu: 21 of a driver that died: cancelled, or gone already"]
+    assert said(store) == [f"nothing works on {store}"]
 
 
 @pytest.mark.slow
