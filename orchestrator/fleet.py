@@ -188,6 +188,8 @@ class Fleet:
         if not self._bad:
             return
         for pool, executor in self._executors.items():
+            if not hasattr(executor.provider, "exclude_nodes"):
+                continue  # the next block would land there again, so what works there may go on
             useless = self._blocks_on_bad_nodes(pool)
             for (of_pool, manager), (block, host) in list(self._managers.items()):
                 if of_pool != pool or manager in self._held:

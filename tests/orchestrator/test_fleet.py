@@ -30,6 +30,8 @@ class Provider:
     def look(self) -> None:
         self.looks += 1
 
+    def exclude_nodes(self, names: set[str]) -> None: ...
+
     def cancel(self, jobs: list[str]) -> list[bool]:
         self.cancelled += jobs
         return [True] * len(jobs)
