@@ -78,8 +78,52 @@ def last_seen(jobs: dict[str, list[float]], partition: str) -> float:
     return max(end for job, (_, end) in jobs.items() if job.startswith(partition))
 
 
+def utilisation(cluster: SlurmCluster, folder: Path, conformers: int) -> None:
+    """Print how busy the allocated cores were."""
+    campaign = _campaign(folder / "run", conformers)
+    jobs = watch(cluster, campaign, _site(folder))
+    rows = store_of(campaign).read("tasks", ["started_s", "wall_s", "status"])
+    start, wall = rows["started_s"], rows["wall_s"].astype(float)
+    first, last = float(start.min()), float(start.max())
+    busy = float((np.minimum(start + wall, last) - start).sum())
+    allocated = sum(max(0.0, min(end, last) - max(began, first)) for began, end in jobs.values())
+    back = last_seen(jobs, "cpu") - float((start + wall).max())
+    table(
+        f"Utilisation: {len(start):,} tasks of GFN2 work over two one-core blocks of SLURM",
+        ["what", "result"],
+        [
+            ["first to last start", f"{last - first:.0f} s"],
+            ["busy", f"{busy:.0f} s"],
+            ["busy / (cores x time)", f"{100 * busy / (CORES * (last - first)):.1f} %"],
+            ["busy / allocated core seconds", f"{100 * busy / allocated:.1f} %"],
+            ["tasks not ok", int((~rows["status"].equals("ok")).sum())],
+            ["last block given back after the last task", f"{back:.0f} s"],
+        ],
+    )
+
+
+def idle_block(cluster: SlurmCluster, folder: Path) -> None:
+    """Print how soon a block without work is given back while the campaign goes on."""
+    campaign = write_campaign(folder / "idle", SMALL[:8], stages=IDLE)
+    jobs = watch(cluster, campaign, _site(folder))
+    rows = store_of(campaign).read("tasks", ["stage", "started_s", "wall_s"])
+    ends = rows["started_s"] + rows["wall_s"]
+    back = last_seen(jobs, "gpu") - float(ends[rows["stage"].equals("gpu")].max())
+    table(
+        "Idle blocks",
+        ["what", "result"],
+        [
+            ["gpu block given back after its last task", f"{back:.0f} s"],
+            [
+                "the campaign went on after that for",
+                f"{float(ends.max()) - last_seen(jobs, 'gpu'):.0f} s",
+            ],
+        ],
+    )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     arguments = parser.parse_args()
@@ -92,41 +136,10 @@ def main() -> None:
         cluster.up()
         os.environ["SLURM_CONF"] = str(cluster.conf)
         try:
-            site = _site(folder)
-            campaign = _campaign(folder / "run", conformers)
-            jobs = watch(cluster, campaign, site)
-            idle = write_campaign(folder / "idle", SMALL[:8], stages=IDLE)
-            idle_jobs = watch(cluster, idle, site)
+            utilisation(cluster, folder, conformers)
+            idle_block(cluster, folder)
         finally:
             cluster.down()
-        names = ["stage", "started_s", "wall_s", "status"]
-        rows = store_of(campaign).read("tasks", names)
-        idle_rows = store_of(idle).read("tasks", names)
-    start, wall = rows["started_s"], rows["wall_s"].astype(float)
-    first, last = float(start.min()), float(start.max())
-    busy = float((np.minimum(start + wall, last) - start).sum())
-    allocated = sum(max(0.0, min(end, last) - max(began, first)) for began, end in jobs.values())
-    span = last - first
-    ends = idle_rows["started_s"] + idle_rows["wall_s"]
-    back = last_seen(idle_jobs, "gpu") - float(ends[idle_rows["stage"].equals("gpu")].max())
-    longer = float(ends.max()) - last_seen(idle_jobs, "gpu")
-    table(
-        f"Utilisation: {len(start):,} tasks of GFN2 work over two one-core blocks of SLURM",
-        ["what", "result"],
-        [
-            ["first to last start", f"{span:.0f} s"],
-            ["busy", f"{busy:.0f} s"],
-            ["busy / (cores x time)", f"{100 * busy / (CORES * span):.1f} %"],
-            ["busy / allocated core seconds", f"{100 * busy / allocated:.1f} %"],
-            ["tasks not ok", int((~rows["status"].equals("ok")).sum())],
-            ["idle gpu block given back after its last task", f"{back:.0f} s"],
-            ["the campaign went on after that for", f"{longer:.0f} s"],
-            [
-                "last block given back after the last task",
-                f"{last_seen(jobs, 'cpu') - float((start + wall).max()):.0f} s",
-            ],
-        ],
-    )
 
 
 if __name__ == "__main__":
