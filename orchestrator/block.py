@@ -101,7 +101,7 @@ def _seconds(text: str) -> float | None:
 
 def _pbs_end(text: str) -> float | None:
     try:
-        (job,) = json.loads(text)["Jobs"].values()
+        (job,) = json.loads(text, strict=False)["Jobs"].values()
         walltime = _seconds(job["Resource_List"]["walltime"])
         start = time.mktime(time.strptime(job["stime"]))
     except (KeyError, TypeError, ValueError):

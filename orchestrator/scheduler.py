@@ -148,7 +148,8 @@ class Pbs(Scheduler):
         if "Unknown Job Id" in done.stderr or "has finished" in done.stderr:
             return ""
         try:
-            (found,) = json.loads(done.stdout)["Jobs"].values()
+            # Not strict: the job's environment comes as it is, with tabs and line ends.
+            (found,) = json.loads(done.stdout, strict=False)["Jobs"].values()
             state = str(found["job_state"])
         except (ValueError, KeyError, TypeError, AttributeError):
             return "running"
