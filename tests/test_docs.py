@@ -83,6 +83,7 @@ QUOTED = [
     "no space left", "node-hours are used, of", "reached its walltime", "was cancelled",
     "was lost with its node", "to find one that is to blame", "is set aside", "may be left",
     "of a driver that died: cancelled, or gone already", "none charged",
+    "with which no worker can be started",
 ]  # fmt: skip
 
 
