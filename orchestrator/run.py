@@ -1021,6 +1021,8 @@ class Driver:
 
     def _last_word(self) -> None:
         """Leave behind how it ended, also where that was an error; it must not hide another."""
-        if hasattr(self, "stream"):
+        # Another driver that has taken the store meanwhile tells of itself.
+        own = lock.who(self.store.path).get("run_id", self.run_id) == self.run_id
+        if own and hasattr(self, "stream"):
             with contextlib.suppress(Exception):
                 self._write_progress(ended=True)
