@@ -44,7 +44,7 @@ class Fleet:
         self._executors = executors
         self._before = node_hours_before
         self._bad = bad if bad is not None else {}
-        self._managers: dict[tuple[str, str], tuple[str, str]] = {}  # block and host of each
+        self._managers: dict[tuple[str, str], tuple[str, str]] = {}  # block and node of each
         self._tasks: Counter[tuple[str, str]] = Counter()
         self._done_hours: dict[str, float] = {}
         self._polled = 0.0
@@ -73,9 +73,7 @@ class Fleet:
                 place = (pool, manager["manager"])
                 if place not in self._managers:
                     self.arrivals += 1
-                    # This Parsl's interchange does not tell it; then only whole blocks are bad.
-                    host = str(manager.get("hostname", "")).partition(".")[0]
-                    self._managers[place] = manager["block_id"], host
+                    self._managers[place] = manager["block_id"], ""
                 tasks[pool, manager["block_id"]] += manager["tasks"]
                 if manager["active"] and not manager["draining"]:
                     connected[pool] += manager["worker_count"]
@@ -85,6 +83,11 @@ class Fleet:
         self.tasks = sum(tasks.values())
         self._return_bad_blocks()
         return True
+
+    def seen(self, pool: str, manager: str, node: str) -> None:
+        """Take in on which node a worker pool is, which Parsl's interchange does not tell."""
+        if found := self._managers.get((pool, manager)):
+            self._managers[pool, manager] = found[0], node
 
     # -- how blocks ended -------------------------------------------------------------------
 
@@ -191,10 +194,10 @@ class Fleet:
             if not hasattr(executor.provider, "exclude_nodes"):
                 continue  # the next block would land there again, so what works there may go on
             useless = self._blocks_on_bad_nodes(pool)
-            for (of_pool, manager), (block, host) in list(self._managers.items()):
+            for (of_pool, manager), (block, node) in list(self._managers.items()):
                 if of_pool != pool or manager in self._held:
                     continue
-                if block in useless or host in self._bad:
+                if block in useless or node in self._bad:
                     self._held.add(manager)
                     with contextlib.suppress(Exception):
                         executor.command_client.run(["HOLD_MANAGER", manager])

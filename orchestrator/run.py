@@ -651,6 +651,7 @@ class Driver:
         ok = status == 0
         atoms = np.array([item.n_atoms for item in bundle.items], np.int64)
         self.stream.estimates[stage].learn(atoms[ok], wall[ok])
+        self.fleet.seen(bundle.stage.pool, receipt.manager, receipt.node)
         bad = receipt.node in self.nodes.bad
         for i, (item, code) in enumerate(zip(bundle.items, status.tolist(), strict=True)):
             if code == NOT_STARTED or (bad and code in _NODE_CLASSES):

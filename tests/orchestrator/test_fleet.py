@@ -64,7 +64,6 @@ class Executor:
         return [
             {
                 "manager": f"m{block}",
-                "hostname": f"n{int(block) + 1}.cluster",
                 "block_id": block,
                 "tasks": tasks,
                 "worker_count": 4,
@@ -158,8 +157,12 @@ def test_a_block_on_a_bad_node_gets_no_more_and_goes_when_it_has_nothing() -> No
 
 def test_of_a_block_with_one_bad_node_only_that_one_gets_no_more() -> None:
     fleet, executor = fleet_of(replace(RUNNING, nodes=("n1", "n3")), {"n1": "crashes"})
-    assert executor.command_client.sent == [["HOLD_MANAGER", "m0"]]
+    assert not executor.command_client.sent, "on which node it is, no receipt has told yet"
+    fleet.seen("cpu", "m0", "n1")
+    fleet.seen("cpu", "m1", "n2")
     executor.tasks["0"] = 0
+    assert fleet.poll(0.0)
+    assert executor.command_client.sent == [["HOLD_MANAGER", "m0"]]
     assert fleet.poll(0.0)
     assert not executor.provider.cancelled, "its other node works"
 
