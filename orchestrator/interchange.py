@@ -17,6 +17,12 @@ from orchestrator.child import die_with_parent
 
 DRIVER_PID = "BASIN_DRIVER_PID"
 
+# A log that cannot be written, on a full disk, is no reason for tracebacks: the driver says it.
+_QUIET = (
+    "import logging, runpy, sys; logging.raiseExceptions = False; "
+    "runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+
 
 def main() -> None:
     """Become the interchange (Parsl passes its configuration on standard input)."""
@@ -30,7 +36,7 @@ def main() -> None:
     script = shutil.which("interchange.py")
     if script is None:
         sys.exit("interchange.py of Parsl is not on PATH")
-    os.execv(sys.executable, [sys.executable, script])
+    os.execv(sys.executable, [sys.executable, "-c", _QUIET, script])
 
 
 if __name__ == "__main__":
