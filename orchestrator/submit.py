@@ -16,6 +16,7 @@ from orchestrator.lock import DRIVER_JOB
 from orchestrator.quantities import MEMORY, TIME, QuantityError, parse_quantity
 from orchestrator.scheduler import SCHEDULERS, Scheduler
 from orchestrator.shard import write_whole
+from site_configs.support.records import walltime_text
 
 if TYPE_CHECKING:
     from orchestrator.sites import Site
@@ -147,7 +148,7 @@ def _directives(job: DriverJob, name: str, store: Path) -> list[str]:
             "--ntasks=1",
             f"--cpus-per-task={job.cores}",
             f"--mem={memory}M",
-            f"--time={clock(job.walltime_s)}",
+            f"--time={walltime_text(math.ceil(job.walltime_s))}",
             # A requeued driver and its follow-up would be two.
             "--no-requeue",
             f"--output={logs}/driver-%j.log",
@@ -159,7 +160,7 @@ def _directives(job: DriverJob, name: str, store: Path) -> list[str]:
         *([f"-A {job.account}"] if job.account else []),
         *([f"-q {job.partition}"] if job.partition else []),
         f"-l select=1:ncpus={job.cores}:mem={memory}mb",
-        f"-l walltime={clock(job.walltime_s)}",
+        f"-l walltime={walltime_text(math.ceil(job.walltime_s))}",
         *([f"-l filesystems={job.filesystems}"] if job.filesystems else []),
         "-r n",
         "-j oe",
@@ -167,9 +168,3 @@ def _directives(job: DriverJob, name: str, store: Path) -> list[str]:
         *job.options,
     ]
     return [f"#PBS {words}" for words in wanted]
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as HH:MM:SS, the form that both schedulers read."""
-    whole = math.ceil(seconds)
-    return f"{whole // 3600:02d}:{whole % 3600 // 60:02d}:{whole % 60:02d}"

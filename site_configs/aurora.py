@@ -7,7 +7,7 @@ ZE_AFFINITY_MASK), workflows/parsl/.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from site_configs.support.settings import DriverJob, PoolSettings, SiteSettings
 
@@ -18,38 +18,35 @@ _BESIDE: Final = "list:" + ":".join(
 )
 _EACH: Final = "list:" + ":".join(str(first + i) for first in _FIRST_FREE for i in range(51))
 
+# What a block of either pool asks for.
+_NODES: Final[dict[str, Any]] = {
+    "queue": "prod",
+    "place": "scatter",
+    "filesystems": "home:flare",
+    "launcher": "mpiexec-pals",
+    "nodes_per_block": 2,
+    "cores_per_node": 102,
+    "threads_per_core": 2,
+    "memory_per_node": 800 * 10**9,
+    "walltime": 6 * 3600.0,
+}
+
 SETTINGS: Final = SiteSettings(
     scheduler="pbs",
     scratch="/tmp",
     pools={
         "cpu": PoolSettings(
-            queue="prod",
-            place="scatter",
-            filesystems="home:flare",
-            launcher="mpiexec-pals",
-            nodes_per_block=2,
-            cores_per_node=102,
-            threads_per_core=2,
-            memory_per_node=800 * 10**9,
+            **_NODES,
             affinity=_EACH,
-            walltime=6 * 3600.0,
         ),
         "gpu": PoolSettings(
-            queue="prod",
-            place="scatter",
-            filesystems="home:flare",
-            launcher="mpiexec-pals",
-            nodes_per_block=2,
-            cores_per_node=102,
-            threads_per_core=2,
-            memory_per_node=800 * 10**9,
+            **_NODES,
             gpus_per_node=6,
             gpu_names=tuple(f"{gpu}.{tile}" for gpu in range(6) for tile in range(2)),
             # The whole nodes come with their GPUs.
             gres="none",
             threads_per_worker=8,
             affinity=_BESIDE,
-            walltime=6 * 3600.0,
         ),
     },
     driver=DriverJob(queue="prod", filesystems="home:flare", walltime=6 * 3600.0),
