@@ -127,7 +127,7 @@ class Guard:
         stop_at: float = math.inf,
         cut_at: float = math.inf,
         should_stop: Callable[[], bool] = lambda: False,
-        on_wait: Callable[[], None] = lambda: None,
+        on_wait: Callable[[Sequence[int], float], None] = lambda running, seconds: None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (index, outcome) for each payload, in order unless a crash intervenes.
 
@@ -137,7 +137,8 @@ class Guard:
         each item, and for a batch as often as it has items; ``memory_limit`` (bytes, resident) for
         whatever runs. After ``should_stop`` turns true the running item may save its state and
         end with status `open`, and items that were not started have no outcome at all.
-        ``on_wait`` is called several times a second while nothing comes in.
+        ``on_wait`` is called several times a second while nothing comes in, with the items that
+        run and for how long (s) they have.
         The block around it is left at ``stop_at`` (epoch, s): an item that ``needs`` more seconds
         than are left ends as `unfit`, one that runs then is asked to stop, and what still runs at
         ``cut_at`` ends as `cut`.
@@ -195,10 +196,10 @@ class Guard:
                 if done or now - checked < POLL_S:
                     continue
                 checked = now
-                on_wait()
+                current, since = child.shared.current()
+                on_wait(batch_of.get(current, ()), now - since)
                 if ends():
                     child.shared.set_stop(True)
-                current, since = child.shared.current()
                 together = len(batch_of.get(current, ()))
                 if time.time() >= cut_at:
                     yield from self._cut(child, pending, batch_of.get(current, []), now - since)

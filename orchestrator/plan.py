@@ -30,8 +30,9 @@ def canonical(value: Mapping[str, Any]) -> bytes:
 class Item(NamedTuple):
     """One task on its way to a worker; ``hint`` is the shard that holds its parent's result.
 
-    ``losses``: workers that died while it ran alone; ``cuts``: blocks that ended while it ran, and
-    left nothing of it; ``waits``: times that too little was left of a block to begin it.
+    ``losses``: workers that died while it ran alone; ``suspected``: worker pools that died while
+    it was there with others; ``cuts``: blocks that ended while it ran, and left nothing of it;
+    ``waits``: times that too little was left of a block to begin it.
     """
 
     key: bytes
@@ -44,6 +45,7 @@ class Item(NamedTuple):
     n_atoms: int
     hint: str = ""
     losses: int = 0
+    suspected: int = 0
     cuts: int = 0
     waits: int = 0
 

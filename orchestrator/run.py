@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator import block, fleet, ingest, lock, progress, shard
+from orchestrator import block, fleet, ingest, lock, progress, shard, under_way
 from orchestrator.campaign import Campaign
 from orchestrator.columns import from_records
 from orchestrator.counts import StageCounts
@@ -65,6 +65,10 @@ COMPACT_SHARDS = 256
 COMPACT_EVERY_S = 120.0
 ANSWER_LIMIT_S = 30.0
 LOSS_LIMIT = 2
+# Worker pools that may be lost with an item and others in them, before it runs there alone.
+SUSPECT_LIMIT = 2
+# What was lost with one worker pool is heard of within so long.
+TOGETHER_S = 2.0
 PARENT_LOOKS = 3
 CUT_LIMIT = 3
 BLOCK_FAILURE_LIMIT = 3
@@ -219,7 +223,6 @@ class Driver:
         self._done: queue.SimpleQueue[tuple[Bundle, Future[Receipt]]] = queue.SimpleQueue()
         self._flying: dict[str, Bundle] = {}
         self._flying_in: Counter[str] = Counter()
-        self._submitted_s: dict[str, float] = {}
         self._unexplained: list[_Loss] = []
         self._loss_items: Counter[str] = Counter()
         self._deferred: list[tuple[float, int, int, Item]] = []
@@ -267,6 +270,7 @@ class Driver:
                     self.store.path / "control" / "campaign_file.json", json.dumps(origin).encode()
                 )
                 (self.store.path / "inbox" / self.run_id).mkdir(exist_ok=True)
+                under_way.clear(self.store.path)
                 digest = self._digest = sources_digest(files, self.campaign.molecules)
                 folder = ingest.plan_folder(self.store, digest)
                 ingest.mend(folder)
@@ -608,10 +612,10 @@ class Driver:
                 crash_limit=self.campaign.run.crash_limit,
                 estimates=np.array(seconds, np.float32).tobytes(),
                 control_every=max(1.0, workers / CONTROL_READS_S),
+                alone=any(item.suspected >= SUSPECT_LIMIT for item in items),
             )
             self._flying[bundle.id] = bundle
             self._flying_in[pool] += 1
-            self._submitted_s[bundle.id] = time.time()
             future = app(bundle)
             future.add_done_callback(lambda done, b=bundle: self._done.put((b, done)))
 
@@ -666,7 +670,6 @@ class Driver:
                 if code in _NODE_CLASSES:
                     self._suspect(receipt.node, stage, item, code)
                 self._finish(stage, item, code, receipt.shards[where[i]])
-        self._submitted_s.pop(bundle.id, None)
         if receipt.first_start:
             self._worked.add((pool, receipt.block))
         failed = int(np.isin(status, list(_NODE_CLASSES)).sum())
@@ -737,36 +740,67 @@ class Driver:
 
     def _explain_losses(self) -> None:
         """Take back what lost worker pools had, as soon as it is known why they were lost."""
-        waiting: list[_Loss] = []
+        by_manager: dict[str, list[_Loss]] = {}
         for loss in self._unexplained:
-            pool, error = loss.bundle.stage.pool, loss.error
-            waited = float("inf") if self.draining else time.monotonic() - loss.since
-            manager = error.manager_id.decode()
-            verdict = self.fleet.verdict(pool, manager, error.hostname, waited)
-            if verdict is None:
-                waiting.append(loss)
+            by_manager.setdefault(loss.error.manager_id.decode(), []).append(loss)
+        self._unexplained = []
+        now = time.monotonic()
+        for manager, losses in by_manager.items():
+            pool, host = losses[0].bundle.stage.pool, losses[0].error.hostname
+            age = now - min(loss.since for loss in losses)
+            waited = float("inf") if self.draining else age
+            verdict = self.fleet.verdict(pool, manager, host, waited)
+            if verdict is None or (not verdict.blameless and age < TOGETHER_S):
+                self._unexplained += losses
             elif verdict.blameless:
-                self._take_back(loss.bundle, verdict)
+                for loss in losses:
+                    self._take_back(loss.bundle, verdict)
             else:
-                self._recover(loss.bundle, error, verdict)
-        self._unexplained = waiting
+                self._look_for_culprit(losses, verdict)
 
     def _take_back(self, bundle: Bundle, verdict: fleet.Verdict) -> None:
         """Send again, uncharged, what the end of a block took away."""
         rest = self._unsealed(bundle)
-        began = self._submitted_s.pop(bundle.id, 0.0)
-        if rest and verdict.walltime and not self._came_further(bundle, rest[0], began):
-            # In their order: the first one ran when the block ended.
-            self._cut_off(bundle.stage, rest.pop(0))
+        ran = under_way.take(self.store.path, self.run_id, bundle.id)
+        if verdict.walltime and ran is not None:
+            for item in rest:
+                if item.key in ran.keys and not self._came_further(item, ran.since_s):
+                    self._cut_off(bundle.stage, item)
+                elif item.key in ran.keys:
+                    self.stream.push(bundle.stage.index, item)
+            rest = [item for item in rest if item.key not in ran.keys]
         if rest:
             self.stream.again.append((bundle.stage.index, rest))
         self._note_loss(verdict, len(bundle.items), "none charged")
 
-    def _came_further(self, bundle: Bundle, item: Item, began_s: float) -> bool:
+    def _came_further(self, item: Item, since_s: float) -> bool:
         try:
-            return checkpoint_path(self.store.path, item.key).stat().st_mtime > began_s
+            return checkpoint_path(self.store.path, item.key).stat().st_mtime > since_s
         except OSError:
             return False
+
+    def _look_for_culprit(self, losses: list[_Loss], verdict: fleet.Verdict) -> None:
+        """Judge what was lost with one worker pool, for no reason that excuses it.
+
+        Only who ran there alone is to blame for certain. Otherwise all come under suspicion, and
+        who has been there too often is sent to run alone.
+        """
+        found = [under_way.take(self.store.path, self.run_id, x.bundle.id) for x in losses]
+        alone = [x for x, ran in zip(losses, found, strict=True) if ran is not None and ran.alone]
+        if len(losses) == 1:
+            alone = losses
+        for loss in losses:
+            if loss in alone:
+                self._recover(loss.bundle, loss.error, verdict)
+                continue
+            rest = self._unsealed(loss.bundle)
+            charged = "none charged: another ran alone"
+            if not alone:
+                rest = [item._replace(suspected=item.suspected + 1) for item in rest]
+                charged = "in halves, to find one that is to blame"
+            self._note_loss(self._named(loss.error, verdict), len(loss.bundle.items), charged)
+            parts = [rest] if alone else [rest[: len(rest) // 2], rest[len(rest) // 2 :]]
+            self.stream.again += [(loss.bundle.stage.index, part) for part in parts if part]
 
     def _cut_off(self, stage: StagePlan, item: Item) -> None:
         """Count an end of a block that left nothing of an item; not for ever."""
@@ -802,12 +836,8 @@ class Driver:
                 f"a worker could not run a bundle of stage {bundle.stage.name!r}: "
                 f"{type(error).__name__}: {error}; logs are in {self.store.path / 'logs'}"
             ) from error
-        if verdict is None or not verdict.words:
-            what = "workers" if isinstance(error, WorkerLost) else "worker pools"
-            event = f"{type(error).__name__} {error.hostname}"
-            verdict = fleet.Verdict(False, f"lost {what} on {error.hostname}", event)
+        verdict = self._named(error, verdict)
         self._note_loss(verdict, len(bundle.items), "in halves, to find one that is to blame")
-        self._submitted_s.pop(bundle.id, None)
         rest = self._unsealed(bundle)
         stage = bundle.stage.index
         if len(rest) == 1:
@@ -825,6 +855,17 @@ class Driver:
             half = len(rest) // 2
             self.stream.again.append((stage, rest[:half]))
             self.stream.again.append((stage, rest[half:]))
+
+    @staticmethod
+    def _named(error: Any, verdict: fleet.Verdict | None) -> fleet.Verdict:
+        """Return a verdict that has words, also where the scheduler knows of no fault."""
+        from parsl.executors.high_throughput.errors import WorkerLost
+
+        if verdict is not None and verdict.words:
+            return verdict
+        what = "workers" if isinstance(error, WorkerLost) else "worker pools"
+        event = f"{type(error).__name__} {error.hostname}"
+        return fleet.Verdict(False, f"lost {what} on {error.hostname}", event)
 
     def _unsealed(self, bundle: Bundle) -> list[Item]:
         """Take in what a lost worker had sealed; return the rest."""

@@ -182,7 +182,7 @@ class Stream:
         for child in self.plan.children[stage]:
             key = self.plan.stages[child].key(item.key, item.conformer)
             next_item = item._replace(
-                key=key, parent_key=item.key, hint=shard, losses=0, cuts=0, waits=0
+                key=key, parent_key=item.key, hint=shard, losses=0, suspected=0, cuts=0, waits=0
             )
             if self._index.get(*key_words(key)) == ABSENT:
                 self.push(child, next_item)

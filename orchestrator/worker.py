@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator import block, child, shard
+from orchestrator import block, child, shard, turn
 from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
 from orchestrator.guard import CUT, Guard, StillbornError
 from orchestrator.kernel_calls import Call, Payload, batches
 from orchestrator.plan import FROM_NO_GEOMETRY, NO_KEY, Item, StagePlan
 from orchestrator.schema import STATUSES
+from orchestrator.under_way import Mark
 
 NOT_STARTED = 255
 NO_PARENT = 254
@@ -43,7 +44,8 @@ class Bundle:
     """Items of one stage that one worker runs in one go.
 
     ``estimates`` (K,) f4: expected seconds of each item; empty where nobody knows;
-    ``control_every``: seconds between two looks at the driver's word.
+    ``control_every``: seconds between two looks at the driver's word; ``alone``: whether no other
+    bundle may run in its worker pool meanwhile.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Bundle:
     crash_limit: int
     estimates: bytes = b""
     control_every: float = 1.0
+    alone: bool = False
 
 
 @dataclass(slots=True)
@@ -358,12 +361,16 @@ def run_bundle(bundle: Bundle) -> Receipt:
     wall = np.zeros(n, np.float32)
     control = Control(Path(bundle.store), bundle.run_id, bundle.control_every)
     batch = _Batch(bundle, node, job)
+    mark = Mark(Path(bundle.store), bundle.run_id, bundle.id)
+    mine = turn.Turn(alone=bundle.alone)
     try:
         guard = _own_guard()
         restarts = guard.restarts
         where: list[int] = []
         payloads: list[Payload] = []
-        if not control.should_stop():
+        if mine.wait(control.should_stop) and not control.should_stop():
+            if mine.is_alone:
+                mark.set([], 0.0, alone=True)
             where, payloads = _payloads(bundle)
             status[:] = NO_PARENT
             status[where] = NOT_STARTED
@@ -372,7 +379,11 @@ def run_bundle(bundle: Bundle) -> Receipt:
             if batch.full():
                 receipt.shards.append(str(batch.seal()))
 
-        for index, outcome in _outcomes(guard, bundle, where, payloads, control, seal_if_due):
+        def on_wait(running: Sequence[int], seconds: float) -> None:
+            mark.update([bundle.items[where[i]].key for i in running], seconds)
+            seal_if_due()
+
+        for index, outcome in _outcomes(guard, bundle, where, payloads, control, on_wait):
             i = where[index]
             if outcome["status"] == child.UNFIT:
                 status[i] = TOO_LONG
@@ -393,6 +404,9 @@ def run_bundle(bundle: Bundle) -> Receipt:
     except (StillbornError, OSError, ImportError) as exc:
         # What is wrong here may be right on other nodes; the driver sees to that.
         receipt.broken = str(exc) if isinstance(exc, StillbornError) else f"{node}: {exc!r}"
+    finally:
+        mine.end()
+        mark.clear()
     if len(batch):
         receipt.shards.append(str(batch.seal()))
     receipt.status = status.tobytes()
@@ -446,7 +460,7 @@ def _outcomes(
     where: list[int],
     payloads: list[Payload],
     control: Control,
-    on_wait: Callable[[], None],
+    on_wait: Callable[[Sequence[int], float], None],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     stage = bundle.stage
     common = Call(

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from orchestrator import block
+from orchestrator import block, turn
 from orchestrator.child import die_with_parent
 
 BUNDLE_TIME = "--bundle_time="
@@ -101,6 +101,7 @@ def main() -> None:
     # The manager goes by itself, in better order, when it has missed heartbeats for so long.
     status = _watch(pool, known.addresses.split(","), known.port, 1.25 * known.hb_threshold)
     forward(signal.SIGKILL, None)
+    turn.lock_path(pool.pid).unlink(missing_ok=True)
     sys.exit(status if status >= 0 else 128 - status)
 
 
