@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # Before any numerical library is loaded: one thread per process, as in production.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Programs that came with the packages, mpiexec say, are found as in an activated environment.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 _MODULES = {
     "tblite": "tblite",
@@ -24,8 +27,9 @@ _MODULES = {
     "rdkit": "rdkit",
     "sella": "sella",
     "pyscf": "pyscf",
+    "mpi": "mpi4py",
 }
-
+_PROGRAMS = {"mpi": "mpiexec"}
 
 # Debian's package, where it is not named like the program.
 _PACKAGES = {"h5dump": "hdf5-tools", "h5ls": "hdf5-tools"}
@@ -49,9 +53,12 @@ def require_engine() -> Callable[[str], None]:
     def require(name: str) -> None:
         if name in _MODULES:
             if importlib.util.find_spec(_MODULES[name]) is None:
-                engine_missing(name, f"{name} is not installed")
-        elif shutil.which(name) is None:
-            engine_missing(_PACKAGES.get(name, name), f"no program {name!r} on PATH")
+                engine_missing(name, f"{_MODULES[name]} is not installed")
+            if name not in _PROGRAMS:
+                return
+        program = _PROGRAMS.get(name, name)
+        if shutil.which(program) is None:
+            engine_missing(_PACKAGES.get(name, name), f"no program {program!r} on PATH")
 
     return require
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tests.conftest import engine_missing
 
 SITE = """
 base = "slurm"
@@ -60,9 +57,7 @@ def test_a_program_over_two_nodes(
     tmp_path: Path,
     launcher: str,
 ) -> None:
-    require_engine("mpiexec")
-    if importlib.util.find_spec("mpi4py") is None:
-        engine_missing("mpi4py", "mpi4py is not installed: pip install -e '.[mpi]'")
+    require_engine("mpi")
     (tmp_path / "my.toml").write_text(f"{SITE}{launcher}\n")
     (tmp_path / "driver.py").write_text(DRIVER)
     done = subprocess.run(
