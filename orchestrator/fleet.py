@@ -14,7 +14,9 @@ POLL_S: Final = 5.0
 # dead, say), before a lost worker pool is judged without its word.
 VERDICT_S: Final = 120.0
 # Ends of a block that no item has a part in.
-KNOWN_ENDS: Final = frozenset({"walltime", "cancelled", "node", "preempted", "completed"})
+KNOWN_ENDS: Final = frozenset(
+    {"walltime", "cancelled", "node", "preempted", "avoided", "completed"}
+)
 _ENDED_SHOWN: Final = 50
 _MANAGERS_KEPT: Final = 20_000
 

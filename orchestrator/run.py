@@ -442,6 +442,8 @@ class Driver:
         record = _record(executor, name)
         if record is None or record.state != "ended":
             return fault
+        if record.reason == "avoided":
+            return False
         if (executor.label, name) not in self._worked:
             lived = (record.end_s or 0.0) - record.start_s if record.start_s else 0.0
             return lived < SHORT_BLOCK_S or (fault and record.reason not in fleet.KNOWN_ENDS)

@@ -21,7 +21,7 @@ else:
 GONE_LIMIT_S: Final = 60.0
 # Parsl asks about once a second whether there is too much; a longer silence means there was not.
 _SILENCE_S: Final = 10.0
-_NOBODYS_FAULT: Final = frozenset({"cancelled", "preempted"})
+_NOBODYS_FAULT: Final = frozenset({"cancelled", "preempted", "avoided"})
 
 
 class _Blocks(_Base):

@@ -13,7 +13,7 @@ from parsl.providers.errors import SubmitException
 
 from site_configs.support.records import Reason
 from site_configs.support.resilient import ResilientProvider
-from site_configs.support.scheduler import Scheduler, Seen, run
+from site_configs.support.scheduler import AVOIDED, Scheduler, Seen, run
 
 _RUNNING: Final = frozenset("RBSUE")  # E: its processes end, and still hold the node
 _ENDED: Final = frozenset("FX")
@@ -241,5 +241,5 @@ class ResilientPBSProvider(ResilientProvider, PBSProProvider):
         names = "|".join(sorted(self.excluded))
         return (
             f"if cat \"${{PBS_NODEFILE:-/dev/null}}\" | grep -Eq '^({names})([.]|$)'; then\n"
-            "  echo 'Basin: a node of this block is set aside' >&2; exit 1\nfi\n"
+            f"  echo '{AVOIDED}' >&2; exit 1\nfi\n"
         )

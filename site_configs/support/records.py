@@ -14,6 +14,7 @@ Reason: TypeAlias = Literal[
     "memory",
     "node",
     "preempted",
+    "avoided",
     "failed",
     "unknown",
 ]
@@ -68,6 +69,7 @@ _ENDS: dict[str, str] = {
     "memory": "was killed for memory",
     "node": "was lost with its node",
     "preempted": "made way for a job of higher priority",
+    "avoided": "ended at once, since a node of it is set aside",
     "failed": "failed",
     "unknown": "is no longer known to the scheduler",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,10 @@ else:
     _Base = object
 
 LEAST_WALLTIME_S: Final = 60.0
+# Where blocks land on a node that is set aside, since it is the only free one, the next waits so
+# long, and longer each time.
+AVOIDED_PAUSE_S: Final = 30.0
+LONGEST_AVOIDED_PAUSE_S: Final = 300.0
 # The golden ratio: any few successive blocks spread their ends over the whole range.
 _SPREAD: Final = 0.6180339887498949
 
@@ -31,6 +36,7 @@ _ENDS: Final = {
     # Parsl takes an end that was to be expected for no failure when it is called a timeout.
     "walltime": JobState.TIMEOUT,
     "preempted": JobState.TIMEOUT,
+    "avoided": JobState.CANCELLED,
     "memory": JobState.FAILED,
     "node": JobState.FAILED,
     "failed": JobState.FAILED,
@@ -65,6 +71,7 @@ class ResilientProvider(_Base):
     ) -> None:
         # Parsl's constructor may ask the scheduler, which `basin plan` must be able to do without.
         self._silent = True
+        self._held = False
         self._command = ""
         super().__init__(walltime=walltime_text(walltime_s), **parsl)
         self._silent = False
@@ -120,6 +127,8 @@ class ResilientProvider(_Base):
         if self._silent:
             return 1, "", "not asked yet"
         self._command = cmd
+        if self._held:
+            return 1, "", "later, since the free node is one that is set aside"
         return run(cmd, timeout or self.scheduler.timeout_s)
 
     def submit(self, command: str, tasks_per_node: int, job_name: str = "block") -> str:
@@ -134,18 +143,20 @@ class ResilientProvider(_Base):
             base = self.walltime
             error, job_id = "", None
             self._command = ""
+            pause_s = self._pause_s()
+            self._held = pause_s > 0.0
             try:
                 self.walltime = walltime_text(walltime_s)
                 job_id = self.submit_with(walltime_s, command, tasks_per_node, name)
             except SubmitException as exc:
                 error = (exc.stderr or "").strip()
-                late = self._command and self.scheduler.may_come_later(error)
+                late = self._command and (self._held or self.scheduler.may_come_later(error))
                 if not late:
                     raise RefusedError(
                         name, exc.message, exc.stdout, exc.stderr, getattr(exc, "retcode", None)
                     ) from exc
             finally:
-                self.walltime = base
+                self.walltime, self._held = base, False
             script = shlex.split(self._command)[-1]
             block = Block(
                 record=BlockRecord(
@@ -158,6 +169,7 @@ class ResilientProvider(_Base):
                 walltime_s=walltime_s,
                 stderr=Path(f"{script}.stderr"),
                 waiting_command="" if job_id else self._command,
+                not_before_s=time.monotonic() + pause_s,
             )
             self.submitted += 1
             own_id = block.record.job_id
@@ -169,6 +181,19 @@ class ResilientProvider(_Base):
             }
             self.scheduler.track(block)
             return own_id
+
+    def _pause_s(self) -> float:
+        """How long the next submission has to wait; not at all where the last one found work."""
+        in_a_row = 0
+        for own_id in reversed(list(self.resources)):
+            record = self.scheduler.blocks[str(own_id)].record
+            if record.reason == "avoided":
+                in_a_row += 1
+            elif record.start_s:
+                break
+        if not in_a_row:
+            return 0.0
+        return min(AVOIDED_PAUSE_S * 2.0 ** min(in_a_row - 1, 10), LONGEST_AVOIDED_PAUSE_S)
 
     def submit_with(self, walltime_s: float, command: str, tasks_per_node: int, name: str) -> str:
         """Have Parsl write the script and submit it; return the scheduler's id."""

@@ -24,6 +24,8 @@ from site_configs.support.records import BlockRecord, Reason, State, in_words
 log = logging.getLogger(__name__)
 
 JOB_PREFIX: Final = "basin."
+# What a block says that ends because it is on a node that was set aside.
+AVOIDED: Final = "Basin: a node of this block is set aside"
 # A block that the scheduler does not list is gone after so many answers and so long.
 MISSING_LOOKS: Final = 3
 MISSING_GRACE_S: Final = 20.0
@@ -68,6 +70,7 @@ class Block:
     listed: bool = False
     # The command that is still to be run: the scheduler could not be reached, or took no more.
     waiting_command: str = ""
+    not_before_s: float = 0.0  # on the monotonic clock
 
 
 def without_job(environment: Mapping[str, str]) -> dict[str, str]:
@@ -231,6 +234,8 @@ class Scheduler(ABC):
             nodes, end, words = (), None, seen.detail
         else:
             start, end = start or old.start_s, end or time.time()
+            if seen.reason == "failed" and self.last_words(block)[0] == "avoided":
+                seen = replace(seen, reason="avoided", detail="")
             words = self._end_in_words(block, seen.reason, nodes, seen.detail)
         block.record = replace(
             old,
@@ -301,6 +306,8 @@ class Scheduler(ABC):
         """Submit what could not be submitted before; False where the scheduler is away still."""
         for block in list(self.blocks.values()):
             if not block.waiting_command or block.record.state == "ended":
+                continue
+            if time.monotonic() < block.not_before_s and not block.given_back:
                 continue
             # A submission that went unanswered may have come through all the same.
             job_id = self.find(block.name)
@@ -374,6 +381,7 @@ class Scheduler(ABC):
 
 
 _LAST_WORDS: Final[tuple[tuple[str, Reason], ...]] = (
+    (AVOIDED.lower(), "avoided"),
     ("due to time limit", "walltime"),
     ("pbs: job killed: walltime", "walltime"),
     ("due to preemption", "preempted"),

@@ -9,15 +9,17 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from parsl.executors.high_throughput.errors import ManagerLost
+from parsl.jobs.states import JobState, JobStatus
 
 from orchestrator import run, under_way
 from orchestrator.campaign import load_campaign
-from orchestrator.fleet import Verdict
+from orchestrator.fleet import Fleet, Verdict
 from orchestrator.forecast import learned_estimates
 from orchestrator.key_index import KeyIndex
 from orchestrator.run import Driver
@@ -26,6 +28,7 @@ from orchestrator.stream import Stream
 from orchestrator.turn import Turn, lock_path
 from orchestrator.under_way import Mark
 from orchestrator.worker import Bundle, Receipt, checkpoint_path
+from site_configs.support.records import BlockRecord
 from tests.orchestrator.run_fixtures import by_key, ingested, until, write_campaign
 
 WORKERS = 4
@@ -186,6 +189,23 @@ def test_what_came_further_before_a_walltime_is_not_charged(tmp_path: Path) -> N
 def _left(pool: Pool) -> list[Any]:
     stream = pool.driver.stream
     return [*stream.ready[0], *(item for _, items in stream.again for item in items)]
+
+
+@pytest.mark.parametrize(("reason", "failed"), [("avoided", False), ("failed", True)])
+def test_a_block_that_ends_since_its_node_is_set_aside_has_not_failed(
+    tmp_path: Path, reason: Any, failed: bool
+) -> None:
+    record = BlockRecord("7.pbs", "cpu", "ended", reason, "words", ("n7",), 100.0, 101.0)
+    status = JobStatus(JobState.CANCELLED if reason == "avoided" else JobState.MISSING)
+    executor = SimpleNamespace(
+        label="cpu",
+        status_facade={"0": status},
+        blocks_to_job_id={"0": "7.pbs"},
+        provider=SimpleNamespace(record={"7.pbs": record}.__getitem__),
+    )
+    driver = Pool(tmp_path, 1, KILLED).driver
+    driver.fleet = Fleet({})
+    assert driver._has_failed(executor, "0") is failed
 
 
 # A worker, as its pool starts it: it asks for its turn, says so, and goes when it is told to.

@@ -15,6 +15,7 @@ import pytest
 from parsl.jobs.states import JobState
 from parsl.providers.errors import SubmitException
 
+from site_configs.support import resilient
 from site_configs.support import scheduler as scheduler_module
 from site_configs.support.pbs_provider import PBS, ResilientPBSProvider, parse_jobs
 from tests.site_configs import fake_pbs
@@ -337,5 +338,32 @@ def test_a_block_on_a_node_set_aside_ends_at_once(server: Path, tmp_path: Path) 
     provider = make(tmp_path)
     provider.exclude_nodes({"pbs01"})
     job_id = provider.submit("sleep 60", 1, "parsl.cpu.block-0")
-    assert wait_for(provider, job_id, ended).reason == "failed"
-    assert "set aside" in provider.scheduler.blocks[job_id].stderr.read_text()
+    record = wait_for(provider, job_id, ended)
+    assert record.reason == "avoided"
+    assert record.words == f"job {job_id} ended at once, since a node of it is set aside on pbs01"
+    assert state(provider, job_id) == JobState.CANCELLED
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_a_queue_is_not_flooded_where_the_one_free_node_is_set_aside(
+    server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, history: bool
+) -> None:
+    fake_pbs.configure(server, history=history)
+    provider = make(tmp_path)
+    provider.exclude_nodes({"pbs01"})
+    first = provider.submit("sleep 60", 1, "parsl.cpu.block-0")
+    assert wait_for(provider, first, ended).reason == "avoided"
+
+    second = provider.submit("sleep 60", 1, "parsl.cpu.block-1")
+    provider.look()
+    waits = provider.record(second)
+    assert waits.state == "pending"
+    assert waits.words == "not submitted yet: later, since the free node is one that is set aside"
+    submitted = [line for line in (server / "log").read_text().splitlines() if "qsub" in line]
+    assert len(submitted) == 1
+
+    later = time.monotonic() + resilient.LONGEST_AVOIDED_PAUSE_S
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    provider.look()
+    monkeypatch.undo()
+    assert provider.record(second).job_id != second, "submitted now"
