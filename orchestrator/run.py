@@ -16,6 +16,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +90,7 @@ _WRITE_EVERY_S = 5.0
 _FIRST_WAIT_S = 5.0
 _LONGEST_WAIT_S = 120.0
 _GONE_LIMIT_S = 30.0
+_TAIL_BYTES = 4096
 
 
 @dataclass(slots=True)
@@ -300,16 +302,22 @@ class Driver:
 
     # -- set-up -----------------------------------------------------------------------------
 
-    @staticmethod
-    def _python(module: str, *arguments: object) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            # A Ctrl-C at the terminal is for the driver, which then ends these in good order.
-            process_group=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"},
-        )
+    def _said(self, module: str) -> Path:
+        return self.store.path / "logs" / self.run_id / f"{module.rpartition('.')[2]}.stderr"
+
+    def _python(self, module: str, *arguments: object) -> subprocess.Popen[bytes]:
+        path = self._said(module)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not a pipe: nobody reads it before the end, and a full one would hold the process up.
+        with path.open("wb") as said:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stderr=said,
+                # A Ctrl-C at the terminal is for the driver, which then ends these in good order.
+                process_group=0,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"},
+            )
 
     @contextlib.contextmanager
     def _signals(self, lock: DriverLock) -> Iterator[None]:
@@ -954,10 +962,12 @@ class Driver:
             process.kill()
             process.wait()
 
-    @staticmethod
-    def _wait_process(process: subprocess.Popen[bytes], what: str) -> None:
-        _, error = process.communicate()
-        if process.returncode:
+    def _wait_process(self, process: subprocess.Popen[bytes], what: str) -> None:
+        if process.wait():
+            assert isinstance(process.args, list)
+            with self._said(str(process.args[2])).open("rb") as said:
+                said.seek(max(0, said.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                error = said.read()
             lines = error.decode(errors="replace").strip().splitlines() or ["no message"]
             kinds = {kind.exit_code: kind for kind in (CampaignError, StoreError)}
             raise kinds.get(process.returncode, RunError)(f"{what} failed: {lines[-1]}")

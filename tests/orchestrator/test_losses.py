@@ -19,6 +19,7 @@ from parsl.jobs.states import JobState, JobStatus
 
 from orchestrator import run, under_way
 from orchestrator.campaign import load_campaign
+from orchestrator.errors import RunError
 from orchestrator.fleet import Fleet, Verdict
 from orchestrator.forecast import learned_estimates
 from orchestrator.key_index import KeyIndex
@@ -206,6 +207,21 @@ def test_a_block_that_ends_since_its_node_is_set_aside_has_not_failed(
     driver = Pool(tmp_path, 1, KILLED).driver
     driver.fleet = Fleet({})
     assert driver._has_failed(executor, "0") is failed
+
+
+def test_a_process_of_the_driver_may_say_much_before_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    driver = Pool(tmp_path, 1, KILLED).driver
+    (tmp_path / "talkative.py").write_text(
+        "import sys\nsys.stderr.write('word\\n' * 100_000 + 'the disk is gone\\n')\nsys.exit(1)\n"
+    )
+    process = driver._python("talkative")
+    until(lambda: process.poll() is not None, 60)
+    process.kill()
+    with pytest.raises(RunError, match="compaction failed: the disk is gone"):
+        driver._wait_process(process, "compaction")
 
 
 # A worker, as its pool starts it: it asks for its turn, says so, and goes when it is told to.
