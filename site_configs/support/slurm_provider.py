@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from datetime import datetime
+from itertools import product
 from typing import Any, Final
 
 from parsl.providers import SlurmProvider
@@ -33,21 +34,28 @@ _ENDED: Final[dict[str, Reason]] = {
 }
 _FIELDS: Final = "%i|%j|%T|%r|%N|%S|%e"
 _NO_ACCOUNTING: Final = ("storage is disabled", "not found", "not running a supported")
-_NODE_GROUP: Final = re.compile(r"([^\[,]+)(?:\[([^\]]*)\])?([^\[,]*),?")
+_NODE_GROUP: Final = re.compile(r"(?:[^\[,]|\[[^\]]*\])+")
+_NODE_PART: Final = re.compile(r"\[[^\]]*\]|[^\[]+")
+
+
+def _numbers(ranges: str) -> list[str]:
+    found: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        found += [f"{n:0{len(first)}d}" for n in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def expand_nodes(text: str) -> tuple[str, ...]:
     """Names of the nodes in SLURM's short form: "n[1-3,7],gpu01"."""
     names: list[str] = []
-    for match in _NODE_GROUP.finditer(text):
-        head, ranges, tail = match.groups()
-        if ranges is None:
-            names.append(head + tail)
-            continue
-        for part in ranges.split(","):
-            first, _, last = part.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            names += [f"{head}{n:0{len(first)}d}{tail}" for n in numbers]
+    for group in _NODE_GROUP.findall(text):
+        # Of a cluster with racks both are ranges: "r[1-2]n[1-4]".
+        parts = [
+            _numbers(part[1:-1]) if part.startswith("[") else [part]
+            for part in _NODE_PART.findall(group)
+        ]
+        names += map("".join, product(*parts))
     return tuple(names)
 
 

@@ -355,6 +355,13 @@ def test_node_names() -> None:
         "nid000020",
         "gpu1",
     )
+    assert expand_nodes("r[1-2]n[09-10]-ib,x") == (
+        "r1n09-ib",
+        "r1n10-ib",
+        "r2n09-ib",
+        "r2n10-ib",
+        "x",
+    )
     assert in_words("7", "node", ("n1",), None) == "job 7 was lost with its node n1"
 
 
