@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import re
 import time
@@ -174,7 +175,7 @@ class PBS(Scheduler):
 
     def find(self, name: str) -> str | None:
         """The id of our job of that name; "" where there is none, None where nobody answers."""
-        status, out, _ = run(f"qselect -N {name}", self.timeout_s)
+        status, out, _ = run(f"qselect -u {getpass.getuser()} -N {name}", self.timeout_s)
         return next(iter(out.split()), "") if status == 0 else None
 
     def job_id(self, output: str) -> str | None:

@@ -135,7 +135,7 @@ def _provider(site: SiteSettings, name: str, pool: PoolSettings, scheduler: Sche
     from site_configs.support.pbs_provider import ResilientPBSProvider
     from site_configs.support.slurm_provider import ResilientSlurmProvider
 
-    scratch = f'export TMPDIR={site.scratch}\nmkdir -p "$TMPDIR"\n' if site.scratch else ""
+    scratch = f'export TMPDIR="{site.scratch}"\nmkdir -p "$TMPDIR"\n' if site.scratch else ""
     common: dict[str, Any] = {
         "pool": name,
         "scheduler": scheduler,

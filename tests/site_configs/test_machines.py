@@ -101,6 +101,7 @@ def test_perlmutter(tmp_path: Path) -> None:
     assert {"--constraint=gpu", "--account=chem42_g", "--gpus-per-node=4"} <= options(gpu)
     assert "--cpus-per-task=128" in options(gpu)
     assert pool_arguments(gpu).endswith("--available-accelerators 0 1 2 3")
+    assert 'export TMPDIR="$SCRATCH/basin-tmp"' in script("perlmutter", "cpu", tmp_path)
 
 
 def test_frontier(tmp_path: Path) -> None:

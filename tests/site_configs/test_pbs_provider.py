@@ -255,6 +255,16 @@ def test_a_submission_that_never_came_can_be_taken_back(server: Path, tmp_path: 
     assert not list((server / "jobs").glob("*.json"))
 
 
+def test_another_users_job_of_the_same_name_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "qselect"
+    program.write_text('#!/bin/sh\ncase "$*" in *"-u "*) ;; *) echo 4711.pbs;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert PBS(poll_every_s=1.0, timeout_s=10.0).find("basin.cpu.block-0") == ""
+
+
 def test_a_refused_submission_is_an_error(server: Path, tmp_path: Path) -> None:
     provider = make(tmp_path)
     provider.queue = "nosuch"
