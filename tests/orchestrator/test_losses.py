@@ -297,3 +297,16 @@ def test_a_turn_outside_of_a_pool_comes_at_once(monkeypatch: pytest.MonkeyPatch)
     turn = Turn(alone=True)
     assert turn.wait(lambda: True)
     assert not turn.is_alone
+
+
+def test_a_driver_that_lost_its_store_leaves_the_others_progress_alone(tmp_path: Path) -> None:
+    driver = Pool(tmp_path, 1, KILLED).driver
+    driver.fleet = Fleet({})
+    path = driver.store.path / "control"
+    (path / "driver.json").write_text('{"run_id": "another"}')
+    (path / "progress.json").write_text("of another")
+    driver._last_word()
+    assert (path / "progress.json").read_text() == "of another"
+    (path / "driver.json").unlink()
+    driver._last_word()
+    assert driver.run_id in (path / "progress.json").read_text()
