@@ -188,7 +188,7 @@ def plan(
     found = forecast(campaign, load_site(site, workers=workers), exact=exact)
     if as_json:
         _print_json(asdict(found))
-        _refuse_beyond(max_node_hours, found.node_hours)
+        _refuse_beyond(max_node_hours, found.node_hours, campaign)
         return
     from rich.table import Table
 
@@ -250,15 +250,42 @@ def plan(
     if found.batch_scripts and found.pools:
         console.print("\nwhat would be submitted:", markup=False)
         console.print(blocks_forecast(found.pools))
-    _refuse_beyond(max_node_hours, found.node_hours)
+    _refuse_beyond(max_node_hours, found.node_hours, campaign)
 
 
-def _refuse_beyond(limit: float | None, node_hours: float) -> None:
-    if limit is not None and node_hours > limit:
+def _refuse_beyond(limit: float | None, node_hours: float, campaign: Campaign) -> None:
+    """Raise CampaignError where a forecast exceeds what earlier runs left of a budget."""
+    if limit is None:
+        return
+    from orchestrator import fleet, progress
+
+    before = progress.read(campaign.store)
+    used = fleet.hours_used(before) if before is not None else 0.0
+    if node_hours > max(limit - used, 0.0):
+        needed = math.ceil(100 * (used + node_hours)) / 100
         raise CampaignError(
-            f"--max-node-hours {limit:g}: what is left takes about {node_hours:,.1f} node-hours; "
-            "`basin run` with the same limit stops in good order when they are used"
+            f"--max-node-hours {limit:g}: what is left takes about {node_hours:,.2f} node-hours, "
+            f"and {used:,.2f} of {limit:g} are used (all runs of a campaign count); allow "
+            f"{needed:.2f} or more, or compute less: `limit` of [molecules], cheaper levels"
         )
+
+
+def _require_budget(campaign: Campaign, options: _Options) -> None:
+    """Raise CampaignError before anything is started that the node-hours do not suffice for.
+
+    What cannot be forecast is started: it stops in good order when the hours are used.
+    """
+    if options.max_node_hours is None:
+        return
+    from orchestrator.forecast import forecast
+    from orchestrator.sites import load_site
+
+    try:
+        # A site of its own: for the forecast its providers are made to submit nothing.
+        found = forecast(campaign, load_site(options.site, workers=options.workers))
+    except BasinError:
+        return  # the run meets the same, if it matters there
+    _refuse_beyond(options.max_node_hours, found.node_hours, campaign)
 
 
 @app.command()
@@ -293,6 +320,7 @@ def run(
     if detach:
         load_site(site, workers=workers).require_pools(campaign.pools)
         find_files(campaign.molecules, campaign.path.parent)
+        _require_budget(campaign, options)
         _detach(campaign, options.words(campaign), as_json)
     elif chain is not None:
         from orchestrator.chain import chained
@@ -302,8 +330,10 @@ def run(
         with chained(place, chain, max_node_hours, lambda words: print(words, flush=True)) as first:
             if not first:  # what is to be done once
                 options = replace(options, retry_failed=False, forget_nodes=False)
+            # No refusal here: what `basin submit` has taken on is not broken off by a forecast.
             _drive(campaign, options, as_json)
     else:
+        _require_budget(campaign, options)
         _drive(campaign, options, as_json)
 
 
@@ -459,6 +489,7 @@ def submit(
     job = batch.driver_job(loaded, wanted)
     loaded.require_pools(campaign.pools)
     options = _Options(site, None, retry_failed, report, max_node_hours, forget_nodes)
+    _require_budget(campaign, options)
     words = options.words(campaign)
     script = batch.render(job, campaign.name, campaign.store, Path.cwd(), words)
     if show:

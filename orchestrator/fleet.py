@@ -7,7 +7,10 @@ import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from orchestrator.progress import ProgressFile
 
 POLL_S: Final = 5.0
 # How long the scheduler may take to notice what the heartbeat has told already (a node that is
@@ -274,6 +277,11 @@ def cancel_leftovers(executors: list[Any], blocks: list[dict[str, Any]]) -> list
             with contextlib.suppress(Exception):
                 cancelled += provider.cancel_by_id(jobs)
     return cancelled
+
+
+def hours_used(before: ProgressFile) -> float:
+    """Return the node-hours that all runs of a campaign have used, by what the last one wrote."""
+    return before.node_hours + hours_meanwhile(before.blocks, before.time_s)
 
 
 def hours_meanwhile(blocks: list[dict[str, Any]], since_s: float) -> float:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import struct
@@ -20,10 +21,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator import lock
+from orchestrator import cli, forecast, lock
 from orchestrator import progress as progress_file
 from orchestrator.cli import main
 from orchestrator.counts import StageCounts
+from orchestrator.errors import CampaignError, SiteError
 from orchestrator.run import Progress
 from orchestrator.show import Shower, core_hours, duration
 from orchestrator.store import Store
@@ -359,6 +361,44 @@ def test_plan_refuses_what_costs_too_much(campaign: Path, tmp_path: Path) -> Non
     assert done.returncode == 2
     assert "basin: --max-node-hours 0: what is left takes about " in done.stderr
     assert basin("plan", campaign, "--max-node-hours", 0).returncode == 0, "nothing is left"
+
+
+def test_run_refuses_at_its_start_what_costs_too_much(campaign: Path, tmp_path: Path) -> None:
+    place = tmp_path / "x"
+    for more in ([], ["--detach"]):
+        said = one_line(basin("run", campaign, "--store", place, "--max-node-hours", 0, *more), 2)
+        assert re.search(r"takes about \d+\.\d\d node-hours, and 0\.00 of 0 are used", said)
+        assert re.search(r"allow 0\.\d\d or more", said)
+    site = tmp_path / "mycluster.toml"
+    site.write_text('base = "slurm"\n[driver]\n[pools.cpu]\ncores_per_node = 2\n')
+    done = basin(
+        *("submit", campaign, "--store", place, "--site", site, "--print"),
+        *("--max-node-hours", 0),
+    )
+    assert "what is left takes about" in one_line(done, 2)
+    assert not place.exists(), "no store is made for nothing"
+
+
+def test_what_earlier_runs_used_counts_against_the_budget(campaign: Path, tmp_path: Path) -> None:
+    place = Store.create(tmp_path / "x", "tiny").path
+    progress_file.write(place, progress_file.ProgressFile(node_hours=100.0))
+    said = one_line(basin("run", campaign, "--store", place, "--max-node-hours", 100), 2)
+    assert "and 100.00 of 100 are used" in said
+    assert not (place / "control" / "driver.json").exists()
+
+
+def test_what_cannot_be_forecast_is_started(
+    campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise SiteError("its nodes are not known")
+
+    loaded = cli._campaign(campaign, tmp_path / "x")
+    options = cli._Options("local", max_node_hours=0.0)
+    with pytest.raises(CampaignError, match="what is left takes about"):
+        cli._require_budget(loaded, options)
+    monkeypatch.setattr(forecast, "forecast", unknown)
+    cli._require_budget(loaded, options)
 
 
 # --- queries ----------------------------------------------------------------------------------
