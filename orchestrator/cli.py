@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator import counts
 from orchestrator.errors import BasinError, CampaignError, StoreError
 from orchestrator.model_command import model_app
 
@@ -101,7 +102,8 @@ class _Options:
         if self.workers is not None:
             words.append(f"--workers={self.workers}")
         if self.max_node_hours is not None:
-            words.append(f"--max-node-hours={self.max_node_hours:g}")
+            limit = counts.in_full(self.max_node_hours)
+            words.append(f"--max-node-hours={limit}")
         flags = {
             "--retry-failed": self.retry_failed,
             "--report": self.report,
@@ -263,9 +265,10 @@ def _refuse_beyond(limit: float | None, node_hours: float, campaign: Campaign) -
     used = fleet.hours_used(before) if before is not None else 0.0
     if node_hours > max(limit - used, 0.0):
         needed = math.ceil(100 * (used + node_hours)) / 100
+        budget = counts.in_full(limit)
         raise CampaignError(
-            f"--max-node-hours {limit:g}: what is left takes about {node_hours:,.2f} node-hours, "
-            f"and {used:,.2f} of {limit:g} are used (all runs of a campaign count); allow "
+            f"--max-node-hours {budget}: what is left takes about {node_hours:,.2f} node-hours, "
+            f"and {used:,.2f} of {budget} are used (all runs of a campaign count); allow "
             f"{needed:.2f} or more, or compute less: `limit` of [molecules], cheaper levels"
         )
 

@@ -18,3 +18,8 @@ class StageCounts:
     failed: int
     upstream: int
     waiting: int
+
+
+def in_full(number: float) -> str:
+    """Return a number's shortest form that loses nothing: 500.0 as "500"."""
+    return repr(float(number)).removesuffix(".0")

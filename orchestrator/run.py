@@ -24,7 +24,7 @@ import numpy as np
 from orchestrator import block, fleet, ingest, lock, progress, shard, under_way
 from orchestrator.campaign import Campaign
 from orchestrator.columns import from_records
-from orchestrator.counts import StageCounts
+from orchestrator.counts import StageCounts, in_full
 from orchestrator.errors import (
     BasinError,
     CampaignError,
@@ -545,7 +545,7 @@ class Driver:
         if self._max_node_hours is not None and used >= self._max_node_hours and not self.draining:
             self.draining = True
             self.notes.add(
-                f"stopped: {used:.2f} node-hours are used, of {self._max_node_hours:g} allowed "
+                f"stopped: {used:.2f} node-hours are used, of {in_full(self._max_node_hours)} allowed "
                 "(--max-node-hours counts all runs of a campaign)"
             )
         if self._drain_at is not None and time.time() >= self._drain_at and not self.draining:

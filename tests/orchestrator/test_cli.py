@@ -387,6 +387,14 @@ def test_what_earlier_runs_used_counts_against_the_budget(campaign: Path, tmp_pa
     assert not (place / "control" / "driver.json").exists()
 
 
+@pytest.mark.parametrize("limit", [1234567.25, 0.1, 500.0, 1e-7, 2.0**60])
+def test_a_budget_is_passed_on_as_it_was_given(campaign: Path, limit: float) -> None:
+    words = cli._Options("local", max_node_hours=limit).words(cli._campaign(campaign))
+    (word,) = (word for word in words if word.startswith("--max-node-hours="))
+    assert float(word.partition("=")[2]) == limit
+    assert not word.endswith(".0")
+
+
 def test_what_cannot_be_forecast_is_started(
     campaign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
