@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from orchestrator.errors import StoreError, StoreLockedError
 from orchestrator.shard import write_whole
@@ -54,7 +54,7 @@ class DriverLock:
             holder, beat_s = _word(store)
             # Somebody's flock on this host would have been met; a heartbeat may be from elsewhere.
             if holder and not (reaches and holder.get("boot_id") == boot_id()):
-                age = self._file_system_time() - beat_s
+                age = _file_system_time(self._file) - beat_s
                 if age < STALE_S:
                     raise StoreLockedError(self._refusal(store, holder) + _patience(age))
             self.say(drain=False)
@@ -80,11 +80,6 @@ class DriverLock:
                 # `is_running` holds it for a moment while it looks.
                 time.sleep(0.05)
         raise AssertionError
-
-    def _file_system_time(self) -> float:
-        """Return the clock that modification times go by, which may be a file server's."""
-        os.utime(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_mtime
 
     @staticmethod
     def _refusal(store: Path, holder: dict[str, Any]) -> str:
@@ -156,6 +151,19 @@ def _word(store: Path) -> tuple[dict[str, Any], float]:
         return {}, 0.0
 
 
+def _file_system_time(file: IO[str]) -> float:
+    """Return the clock that modification times go by, which may be a file server's.
+
+    ``file`` is the lock's, whose own time means nothing. Who may not write it has this host's
+    clock only.
+    """
+    try:
+        os.utime(file.fileno())
+        return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
 def who(store: Path) -> dict[str, Any]:
     """Return what ``control/driver.json`` says of the present or last driver; may be empty."""
     return _word(store)[0]
@@ -178,20 +186,23 @@ def _patience(age: float) -> str:
 
 def is_running(store: Path) -> bool:
     """Tell whether a driver holds the store now, on this host or on another."""
-    reaches = True
-    try:
-        with open(store / "control" / "lock") as file:
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(open(store / "control" / "lock"))
+        except FileNotFoundError:
+            return False
+        reaches = True
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError as exc:
-        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return True
-        reaches = False
-    holder, beat_s = _word(store)
-    if not holder or (reaches and holder.get("boot_id") == boot_id()):
-        return False
-    return time.time() - beat_s < STALE_S
+            fcntl.flock(file, fcntl.LOCK_UN)  # a driver may be about to start
+        except OSError as exc:
+            if exc.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return True
+            reaches = False
+        holder, beat_s = _word(store)
+        if not holder or (reaches and holder.get("boot_id") == boot_id()):
+            return False
+        return _file_system_time(file) - beat_s < STALE_S
 
 
 def _stop_word(run_id: str, stop: str) -> bytes:

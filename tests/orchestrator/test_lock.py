@@ -30,7 +30,7 @@ from tests.orchestrator.run_fixtures import (
     write_campaign,
 )
 
-STAGES = '[[stages]]\nkernel = "rehearse"\nseconds = 0.2\n'
+STAGES = '[[stages]]\nkernel = "rehearse"\nseconds = 2\n'
 
 
 @pytest.fixture
@@ -185,6 +185,37 @@ def test_a_driver_that_died_with_its_host_holds_for_two_minutes(store: Store) ->
     grow_old(store, lock.STALE_S + 1)
     assert not lock.is_running(store.path)
     DriverLock(store.path, "later").release()
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_a_clock_that_goes_otherwise_than_the_file_servers_does_not_mislead(
+    store: Store, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+) -> None:
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + ahead_s)
+    with held_elsewhere(store):
+        (store.path / "control" / "lock").touch()
+        assert lock.is_running(store.path)
+    word = store.path / "control" / "driver.json"
+    os.utime(word, (right() - lock.STALE_S - 1,) * 2)
+    assert not lock.is_running(store.path)
+
+
+def test_who_may_only_read_a_store_is_told_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    with held_elsewhere(store):
+        pass
+    (store.path / "control" / "lock").touch()
+    monkeypatch.setattr(os, "utime", refuse)
+    assert lock.is_running(store.path)
+    monkeypatch.undo()
+    grow_old(store, lock.STALE_S + 1)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert not lock.is_running(store.path)
 
 
 def test_a_driver_whose_store_was_taken_says_so_and_leaves_it(store: Store) -> None:
