@@ -545,8 +545,8 @@ class Driver:
         if self._max_node_hours is not None and used >= self._max_node_hours and not self.draining:
             self.draining = True
             self.notes.add(
-                f"stopped: {used:.2f} node-hours are used, of {in_full(self._max_node_hours)} allowed "
-                "(--max-node-hours counts all runs of a campaign)"
+                f"stopped: {used:.2f} node-hours are used, of {in_full(self._max_node_hours)} "
+                "allowed (--max-node-hours counts all runs of a campaign)"
             )
         if self._drain_at is not None and time.time() >= self._drain_at and not self.draining:
             self.draining = True

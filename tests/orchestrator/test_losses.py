@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from parsl.executors.high_throughput.errors import ManagerLost
+from parsl.jobs.error_handlers import simple_error_handler
 from parsl.jobs.states import JobState, JobStatus
 
 from orchestrator import run, under_way
@@ -23,6 +24,7 @@ from orchestrator.errors import RunError
 from orchestrator.fleet import Fleet, Verdict
 from orchestrator.forecast import learned_estimates
 from orchestrator.key_index import KeyIndex
+from orchestrator.nodes import BROKEN_LIMIT
 from orchestrator.run import Driver
 from orchestrator.sites import load_site
 from orchestrator.stream import Stream
@@ -207,6 +209,44 @@ def test_a_block_that_ends_since_its_node_is_set_aside_has_not_failed(
     driver = Pool(tmp_path, 1, KILLED).driver
     driver.fleet = Fleet({})
     assert driver._has_failed(executor, "0") is failed
+
+
+@pytest.mark.parametrize(
+    ("reason", "worked", "blamed"),
+    [
+        ("failed", False, True),
+        ("completed", False, True),
+        ("cancelled", False, False),
+        ("preempted", False, False),
+        ("failed", True, False),
+    ],
+)
+def test_a_node_is_blamed_for_blocks_that_did_nothing_by_themselves(
+    tmp_path: Path, reason: Any, worked: bool, blamed: bool
+) -> None:
+    states = {"failed": JobState.FAILED, "completed": JobState.COMPLETED}
+    status = JobStatus(states.get(reason, JobState.CANCELLED))
+    jobs = {str(i): f"{i}.pbs" for i in range(BROKEN_LIMIT)}
+    records = {
+        job: BlockRecord(job, "cpu", "ended", reason, "words", ("n7",), 100.0, 101.0)
+        for job in jobs.values()
+    }
+    executor = SimpleNamespace(
+        label="cpu",
+        block_error_handler=simple_error_handler,
+        status_facade=dict.fromkeys(jobs, status),
+        blocks_to_job_id=jobs,
+        provider=SimpleNamespace(record=records.__getitem__),
+    )
+    driver = Pool(tmp_path, 1, KILLED).driver
+    driver.fleet = Fleet({})
+    driver.site = SimpleNamespace(config=SimpleNamespace(executors=[executor]))  # type: ignore[assignment]
+    driver.nodes._passed["cpu"]["n1"] += 1  # never is the only node that works set aside
+    driver._worked |= {("cpu", name) for name in jobs if worked}
+    driver._tolerate_lost_blocks()
+    executor.block_error_handler(executor, executor.status_facade)
+    driver._judge_short_lived()
+    assert set(driver.nodes.bad) == ({"n7"} if blamed else set())
 
 
 def test_a_process_of_the_driver_may_say_much_before_it_fails(
