@@ -16,7 +16,7 @@ from orchestrator.lock import DRIVER_JOB
 from orchestrator.quantities import MEMORY, TIME, QuantityError, parse_quantity
 from orchestrator.scheduler import SCHEDULERS, Scheduler
 from orchestrator.shard import write_whole
-from site_configs.support.records import walltime_text
+from site_configs.support.records import slurm_path, walltime_text
 
 if TYPE_CHECKING:
     from orchestrator.sites import Site
@@ -151,7 +151,7 @@ def _directives(job: DriverJob, name: str, store: Path) -> list[str]:
             f"--time={walltime_text(math.ceil(job.walltime_s))}",
             # A requeued driver and its follow-up would be two.
             "--no-requeue",
-            f"--output={logs}/driver-%j.log",
+            f"--output={slurm_path(str(logs))}/driver-%j.log",
             *job.options,
         ]
         return [f"#SBATCH {words}" for words in wanted]

@@ -56,6 +56,11 @@ def walltime_text(seconds: float) -> str:
     return f"{whole // 3600:02d}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
+def slurm_path(path: str) -> str:
+    """A path as SLURM's `--output` takes it, which replaces "%j" and the like."""
+    return path.replace("%", "%%")
+
+
 def seconds_of(walltime: str) -> float:
     """Seconds of a walltime that is written HH:MM:SS; raises ValueError."""
     hours, minutes, seconds = (int(part) for part in walltime.split(":"))

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from parsl.providers import SlurmProvider
 
-from site_configs.support.records import Reason, State
+from site_configs.support.records import Reason, State, slurm_path
 from site_configs.support.resilient import ResilientProvider
 from site_configs.support.scheduler import Scheduler, Seen, run
 
@@ -196,6 +196,14 @@ class ResilientSlurmProvider(ResilientProvider, SlurmProvider):
     def next_walltime_s(self) -> float:
         """Whole minutes, because Parsl gives SLURM no others."""
         return max(60.0, super().next_walltime_s() // 60 * 60)
+
+    def _write_submit_script(
+        self, template: str, script_filename: str, job_name: str, configs: dict[str, Any]
+    ) -> None:
+        """Have Parsl write the script, with its paths as SLURM takes them."""
+        names = ("job_stdout_path", "job_stderr_path")
+        paths = {name: slurm_path(configs[name]) for name in names}
+        super()._write_submit_script(template, script_filename, job_name, {**configs, **paths})
 
     def submit_with(self, walltime_s: float, command: str, tasks_per_node: int, name: str) -> str:
         """Have Parsl write the script and submit it with sbatch; return the job's id."""

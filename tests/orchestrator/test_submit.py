@@ -86,6 +86,13 @@ def test_options_come_before_the_site_file(tmp_path: Path) -> None:
         driver_job(site, {"walltime": "2 GB"})
 
 
+def test_a_percent_sign_of_the_stores_path_is_not_slurms(tmp_path: Path) -> None:
+    job = driver_job(load_site(str(site_file(tmp_path, SLURM))), {})
+    script = render(job, "c", Path("/scratch/50%j"), tmp_path, ["c.toml"])
+    assert "#SBATCH --output=/scratch/50%%j/logs/driver-%j.log\n" in script
+    assert "/scratch/50%j/control/driver.sh" in script
+
+
 def test_a_site_without_a_scheduler_has_no_job_for_the_driver(tmp_path: Path) -> None:
     campaign = write_campaign(tmp_path, ["C"])
     done = basin("submit", campaign, "--site", "local")

@@ -84,6 +84,19 @@ def test_how_blocks_end(slurm_cluster: object, tmp_path: Path) -> None:
     assert "#SBATCH --mem=200M" in text
 
 
+def test_a_folders_name_may_hold_what_slurm_would_replace(
+    slurm_cluster: object, tmp_path: Path
+) -> None:
+    folder = tmp_path / "50%of%j"
+    folder.mkdir()
+    provider = make(folder)
+    job_id = provider.submit("echo said; echo meant >&2", 1, "parsl.cpu.block-0")
+    assert wait_for(provider, job_id, ended).reason == "completed"
+    known = provider.resources[job_id]
+    assert Path(known["job_stdout_path"]).read_text() == "said\n"
+    assert Path(known["job_stderr_path"]).read_text() == "meant\n"
+
+
 def test_a_controller_away_changes_nothing(
     slurm_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
