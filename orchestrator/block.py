@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
 import time
 from collections.abc import Mapping
 from typing import Final
+
+from site_configs.support.pbs_jobs import find_job, parse_jobs, start_s, walltime_s
+from site_configs.support.records import seconds_of
 
 # Said by the batch script, and by the worker pool to its workers.
 START: Final = "BASIN_BLOCK_START"
@@ -62,10 +64,9 @@ def _asked() -> float | None:
     if os.environ.get("SLURM_NODEID", "0") != "0" and _computed():
         return None
     if job := os.environ.get("SLURM_JOB_ID"):
-        left = _seconds(_answer(["squeue", "--noheader", "--jobs", job, "--format", "%L"]))
-        return None if left is None else time.time() + left
+        return _slurm_end(_answer(["squeue", "--noheader", "--jobs", job, "--format", "%L"]))
     if job := os.environ.get("PBS_JOBID"):
-        return _pbs_end(_answer(["qstat", "-f", "-F", "json", job]))
+        return _pbs_end(_answer(["qstat", "-f", "-F", "json", job]), job)
     return None
 
 
@@ -84,29 +85,17 @@ def _answer(command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _seconds(text: str) -> float | None:
-    """Return the seconds of D-HH:MM:SS, HH:MM:SS or MM:SS; None where it is none of them."""
-    days, _, clock = text.rpartition("-")
+def _slurm_end(left: str) -> float | None:
     try:
-        parts = [int(part) for part in clock.split(":")]
-        total = int(days or 0) * 86400.0
+        return time.time() + seconds_of(left)
     except ValueError:
-        return None
-    if not 2 <= len(parts) <= 3:
-        return None
-    for part, unit in zip(reversed(parts), (1, 60, 3600), strict=False):
-        total += part * unit
-    return total
+        return None  # "UNLIMITED", or no answer
 
 
-def _pbs_end(text: str) -> float | None:
-    try:
-        (job,) = json.loads(text, strict=False)["Jobs"].values()
-        walltime = _seconds(job["Resource_List"]["walltime"])
-        start = time.mktime(time.strptime(job["stime"]))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return None if walltime is None else start + walltime
+def _pbs_end(text: str, job_id: str) -> float | None:
+    job = find_job(parse_jobs(text) or {}, job_id) or {}
+    start, walltime = start_s(job), walltime_s(job)
+    return start + walltime if start and walltime else None
 
 
 def stop_margin(walltime_s: float) -> float:

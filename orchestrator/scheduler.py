@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from orchestrator.errors import SiteError
+from site_configs.support.pbs_jobs import find_job, parse_jobs
 from site_configs.support.scheduler import without_job
 
 _LIMIT_S = 60.0
@@ -147,12 +147,7 @@ class Pbs(Scheduler):
         done = self._run(["qstat", "-f", "-F", "json", job])
         if "Unknown Job Id" in done.stderr or "has finished" in done.stderr:
             return ""
-        try:
-            # Not strict: the job's environment comes as it is, with tabs and line ends.
-            (found,) = json.loads(done.stdout, strict=False)["Jobs"].values()
-            state = str(found["job_state"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "running"
+        state = (find_job(parse_jobs(done.stdout) or {}, job) or {}).get("job_state", "R")
         if state in "FX":
             return ""
         return "pending" if state in "QHWT" else "running"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import getpass
-import json
 import re
-import time
 from collections.abc import Iterable
 from typing import Any, Final
 
 from parsl.providers import PBSProProvider
 from parsl.providers.errors import SubmitException
 
+from site_configs.support.pbs_jobs import end_s, find_job, parse_jobs, start_s, walltime_s
 from site_configs.support.records import Reason
 from site_configs.support.resilient import ResilientProvider
 from site_configs.support.scheduler import AVOIDED, Scheduler, Seen, run
@@ -22,24 +21,6 @@ _ENDED: Final = frozenset("FX")
 _KILLED_WALLTIME: Final = -29
 _KILLED_MEMORY: Final = frozenset({-26, -27})
 _DELETED: Final = 256 + 15
-
-
-def _time(text: str | None) -> float | None:
-    try:
-        return time.mktime(time.strptime(text or "", "%a %b %d %H:%M:%S %Y"))
-    except ValueError:
-        return None
-
-
-def _seconds(text: str | None) -> float | None:
-    """A duration as PBS writes it: "04:00:00", or seconds."""
-    try:
-        total = 0.0
-        for part in (text or "").split(":"):
-            total = 60 * total + float(part)
-        return total
-    except ValueError:
-        return None
 
 
 def _nodes(exec_host: str | None) -> tuple[str, ...]:
@@ -73,49 +54,14 @@ def _why(job: dict[str, Any]) -> tuple[Reason, str]:
 def _seen(job: dict[str, Any]) -> Seen:
     state = str(job.get("job_state", "Q"))[:1]
     nodes = _nodes(job.get("exec_host"))
-    start = _time(job.get("stime"))
+    start = start_s(job)
     if state in _ENDED:
         reason, detail = _why(job)
-        return Seen("ended", reason, detail, nodes, start, _time(job.get("obittime")))
+        return Seen("ended", reason, detail, nodes, start, end_s(job))
     if state in _RUNNING:
-        limit = _seconds(job.get("Resource_List", {}).get("walltime"))
+        limit = walltime_s(job)
         return Seen("running", nodes=nodes, start_s=start, end_s=start and limit and start + limit)
     return Seen("pending", detail=str(job.get("comment", "")))
-
-
-_JOB: Final = re.compile(r'^\s*"(\d+[^"]*)":\s*\{\s*$\s*"Job_Name"', re.MULTILINE)
-_FIELD: Final = re.compile(
-    r'^\s*"(Job_Name|job_state|comment|exec_host|stime|obittime|walltime|Exit_status)":'
-    r'\s*(?:"((?:[^"\\]|\\.)*)"|(-?\d+))',
-    re.MULTILINE,
-)
-
-
-def parse_jobs(text: str) -> dict[str, dict[str, Any]] | None:
-    """The jobs in what `qstat -f -F json` printed; None where that is no answer.
-
-    qstat writes what a user's environment holds without care for JSON's rules, so where the whole
-    cannot be parsed the few fields that matter are picked out.
-    """
-    if '"pbs_server"' not in text:
-        return None
-    try:
-        jobs: dict[str, dict[str, Any]] = json.loads(text, strict=False).get("Jobs", {})
-        return jobs
-    except ValueError:
-        pass
-    starts = list(_JOB.finditer(text))
-    ends = [match.start() for match in starts[1:]] + [len(text)]
-    found: dict[str, dict[str, Any]] = {}
-    for match, end in zip(starts, ends, strict=True):
-        job: dict[str, Any] = {}
-        for name, word, number in _FIELD.findall(text[match.start() : end]):
-            job.setdefault(name, int(number) if number else word)
-        # The last of the two walltimes is the limit; the one used comes first.
-        limits = [w for n, w, _ in _FIELD.findall(text[match.start() : end]) if n == "walltime"]
-        job["Resource_List"] = {"walltime": limits[-1]} if limits else {}
-        found[match[1]] = job
-    return found
 
 
 class PBS(Scheduler):
@@ -156,13 +102,13 @@ class PBS(Scheduler):
         jobs = self._qstat("-f", job_ids)
         if jobs is None:
             return None
-        missing = [job_id for job_id in job_ids if not _find(jobs, job_id)]
+        missing = [job_id for job_id in job_ids if not find_job(jobs, job_id)]
         if missing:
             ended = self._qstat("-x -f", missing)
             if ended is None:
                 return None
             jobs = {**ended, **jobs}
-        found = {job_id: _find(jobs, job_id) for job_id in job_ids}
+        found = {job_id: find_job(jobs, job_id) for job_id in job_ids}
         return {job_id: _seen(job) for job_id, job in found.items() if job}
 
     def names(self, job_ids: list[str]) -> dict[str, str] | None:
@@ -170,7 +116,7 @@ class PBS(Scheduler):
         jobs = self._qstat("-f", job_ids) if job_ids else {}
         if jobs is None:
             return None
-        found = {job_id: _find(jobs, job_id) for job_id in job_ids}
+        found = {job_id: find_job(jobs, job_id) for job_id in job_ids}
         return {job_id: str(job.get("Job_Name", "")) for job_id, job in found.items() if job}
 
     def find(self, name: str) -> str | None:
@@ -197,14 +143,6 @@ class PBS(Scheduler):
         if not lines or any(not re.search(r"\d", line) for line in bad):
             return []
         return [i for i in job_ids if not any(i in line for line in bad)]
-
-
-def _find(jobs: dict[str, dict[str, Any]], job_id: str) -> dict[str, Any] | None:
-    """A job by its id; qstat may print the server's short name where qsub printed the long one."""
-    if job_id in jobs:
-        return jobs[job_id]
-    number = job_id.split(".")[0]
-    return next((job for known, job in jobs.items() if known.split(".")[0] == number), None)
 
 
 class ResilientPBSProvider(ResilientProvider, PBSProProvider):

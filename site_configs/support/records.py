@@ -62,9 +62,15 @@ def slurm_path(path: str) -> str:
 
 
 def seconds_of(walltime: str) -> float:
-    """Seconds of a walltime that is written HH:MM:SS; raises ValueError."""
-    hours, minutes, seconds = (int(part) for part in walltime.split(":"))
-    return float(hours * 3600 + minutes * 60 + seconds)
+    """Seconds of D-HH:MM:SS, HH:MM:SS or MM:SS; raises ValueError for anything else."""
+    days, _, clock_time = walltime.rpartition("-")
+    parts = [int(part) for part in clock_time.split(":")]
+    if not 2 <= len(parts) <= 3:
+        raise ValueError(f"{walltime!r} is no walltime")
+    seconds = 0
+    for part in parts:
+        seconds = 60 * seconds + part
+    return float(86400 * int(days or 0) + seconds)
 
 
 _ENDS: dict[str, str] = {

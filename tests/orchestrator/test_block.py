@@ -76,7 +76,7 @@ def test_pbs_says_when_it_began_and_for_how_long(
     bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = {"stime": "Fri Nov 20 12:55:33 2026", "Resource_List": {"walltime": "00:05:00"}}
-    (bare / "answer").write_text(json.dumps({"Jobs": {"12.server": job}}))
+    (bare / "answer").write_text(json.dumps({"pbs_server": "server", "Jobs": {"12.server": job}}))
     program(bare, "qstat", f"cat {bare}/answer")
     monkeypatch.setenv("PBS_JOBID", "12.server")
     began = time.mktime((2026, 11, 20, 12, 55, 33, 0, 0, -1))

@@ -12,9 +12,24 @@ from orchestrator.scheduler import SCHEDULERS, surrounding
 
 SLURM, PBS = SCHEDULERS["slurm"], SCHEDULERS["pbs"]
 # As a real PBS server answers, with and without history; shortened.
-PBS_RUNNING = '{"timestamp":1,"Jobs":{"33.pbs01":{"Job_Name":"basin.driver.c","job_state":"R"}}}'
+PBS_RUNNING = (
+    '{"pbs_server":"pbs01","Jobs":{"33.pbs01":{"Job_Name":"basin.driver.c","job_state":"R"}}}'
+)
 # What a shell's function in the job's environment makes of it: no strict JSON.
 PBS_QUEUED = PBS_RUNNING.replace('"R"', '"Q","Variable_List":{"F":"() {\n  ls\n}"}')
+# And of a quotation mark there: no JSON at all.
+PBS_ODD = """{
+    "pbs_server":"pbs01",
+    "Jobs":{
+        "33.pbs01":{
+            "Job_Name":"basin.driver.c",
+            "job_state":"Q",
+            "Variable_List":{
+                "SAID":"a "word""
+            }
+        }
+    }
+}"""
 Programs = Callable[[str, str], None]
 
 
@@ -58,6 +73,7 @@ def test_a_refusal_is_told_in_the_schedulers_words(tmp_path: Path, programs: Pro
         (f"echo '{PBS_RUNNING}'", "running"),
         (f"echo '{PBS_RUNNING.replace('R', 'H')}'", "pending"),
         (f"echo '{PBS_QUEUED}'", "pending"),
+        (f"echo '{PBS_ODD}'", "pending"),
         (f"echo '{PBS_RUNNING.replace(chr(34) + 'R', chr(34) + 'F')}'", ""),
         ("echo 'qstat: Unknown Job Id 33.pbs01' >&2; exit 153", ""),
         ("echo 'qstat: 33.pbs01 Job has finished, use -x or -H to obtain' >&2; exit 35", ""),

@@ -17,7 +17,8 @@ from parsl.providers.errors import SubmitException
 
 from site_configs.support import resilient
 from site_configs.support import scheduler as scheduler_module
-from site_configs.support.pbs_provider import PBS, ResilientPBSProvider, parse_jobs
+from site_configs.support.pbs_jobs import parse_jobs
+from site_configs.support.pbs_provider import PBS, ResilientPBSProvider
 from tests.site_configs import fake_pbs
 from tests.site_configs.provider_fixtures import common, ended, running, wait_for
 
