@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from datetime import datetime
 from typing import Any, Final
 
 from site_configs.support.records import seconds_of
@@ -58,21 +59,31 @@ def walltime_s(job: dict[str, Any]) -> float | None:
     return _seconds(job, "Resource_List")
 
 
-def start_s(job: dict[str, Any]) -> float | None:
-    """When a job began, seconds since the epoch; None where it has not."""
-    return _time(job.get("stime"))
+def start_s(job: dict[str, Any], now: float | None = None) -> float | None:
+    """When a job began, seconds since the epoch; None where it has not.
+
+    ``now`` is when the server said so, by default this moment.
+    """
+    latest = end_s(job, now) or now or time.time()
+    return _time(job.get("stime"), latest - (_seconds(job, "resources_used") or 0.0))
 
 
-def end_s(job: dict[str, Any]) -> float | None:
+def end_s(job: dict[str, Any], now: float | None = None) -> float | None:
     """When a job ended, seconds since the epoch; None where the server does not say."""
-    return _time(job.get("obittime"))
+    return _time(job.get("obittime"), now or time.time())
 
 
-def _time(text: str | None) -> float | None:
+def _time(text: str | None, latest: float) -> float | None:
+    """The moment that a local time means; in autumn an hour's times come twice.
+
+    Of two it is the last one that is not after ``latest``, give or take a minute.
+    """
     try:
-        return time.mktime(time.strptime(text or "", "%a %b %d %H:%M:%S %Y"))
+        local = datetime.strptime(text or "", "%a %b %d %H:%M:%S %Y")
     except ValueError:
         return None
+    moments = sorted(local.replace(fold=fold).timestamp() for fold in (0, 1))
+    return moments[1] if moments[1] <= latest + 60.0 else moments[0]
 
 
 def _seconds(job: dict[str, Any], where: str) -> float | None:

@@ -86,8 +86,10 @@ def without_job(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def run(command: str, timeout_s: float) -> tuple[int, str, str]:
-    """Run a command; return exit status, output and error output.
+def run(
+    command: str, timeout_s: float, more: Mapping[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Run a command, with ``more`` in its environment; return exit status, output, error output.
 
     124 with the reason as error output where it did not end in time: then all of it is killed.
     """
@@ -98,7 +100,7 @@ def run(command: str, timeout_s: float) -> tuple[int, str, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        env={**without_job(os.environ), "SLURM_TIME_FORMAT": "standard"},
+        env={**without_job(os.environ), **(more or {})},
     )
     try:
         out, error = process.communicate(timeout=timeout_s)

@@ -33,6 +33,8 @@ _ENDED: Final[dict[str, Reason]] = {
     "FAILED": "failed",
 }
 _FIELDS: Final = "%i|%j|%T|%r|%N|%S|%e"
+# Seconds since the epoch: in autumn an hour's local times come twice.
+_TIMES: Final = {"SLURM_TIME_FORMAT": "%s"}
 _NO_ACCOUNTING: Final = ("storage is disabled", "not found", "not running a supported")
 _NODE_GROUP: Final = re.compile(r"(?:[^\[,]|\[[^\]]*\])+")
 _NODE_PART: Final = re.compile(r"\[[^\]]*\]|[^\[]+")
@@ -61,7 +63,7 @@ def expand_nodes(text: str) -> tuple[str, ...]:
 
 def _time(text: str) -> float | None:
     try:
-        return datetime.fromisoformat(text).timestamp()
+        return float(text) if text.isdecimal() else datetime.fromisoformat(text).timestamp()
     except ValueError:
         return None  # "N/A", "Unknown", "NONE"
 
@@ -113,6 +115,7 @@ class Slurm(Scheduler):
             f"squeue --user={os.getuid()} --all --states=all --noheader{self._clusters} "
             f"--format='{_FIELDS}'",
             self.timeout_s,
+            _TIMES,
         )
         if status:
             return None
@@ -127,6 +130,7 @@ class Slurm(Scheduler):
             f"sacct --allocations --noheader --parsable2 --duplicates{self._clusters} "
             f"--format=JobID,State,ExitCode,NodeList,Start,End --jobs={','.join(job_ids)}",
             self.timeout_s,
+            _TIMES,
         )
         if status:
             self._accounting = not any(words in error for words in _NO_ACCOUNTING)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from parsl.providers.errors import SubmitException
 
 from site_configs.support import resilient
 from site_configs.support import scheduler as scheduler_module
-from site_configs.support.pbs_jobs import parse_jobs
+from site_configs.support.pbs_jobs import end_s, parse_jobs, start_s
 from site_configs.support.pbs_provider import PBS, ResilientPBSProvider
 from tests.site_configs import fake_pbs
 from tests.site_configs.provider_fixtures import common, ended, running, wait_for
@@ -156,6 +157,44 @@ def fake_pbs_reason(job: dict[str, Any]) -> str:
     from site_configs.support.pbs_provider import _seen
 
     return _seen(job).reason
+
+
+@pytest.fixture
+def autumn(monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
+    """The last hour of summer time comes twice; return the first moment of its second coming."""
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+        time.tzset()
+        yield datetime(2026, 10, 25, 1, tzinfo=UTC).timestamp()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("said_min", "used", "start_min"),
+    [
+        (-29, None, -30),  # in the first such hour it cannot have begun in the second
+        (31, None, 30),
+        (35, "01:04:50", -30),
+        (125, "01:30:10", 30),
+    ],
+)
+def test_a_job_did_not_begin_after_it_was_seen(
+    autumn: float, said_min: float, used: str | None, start_min: float
+) -> None:
+    job: dict[str, Any] = {"stime": "Sun Oct 25 02:30:00 2026"}
+    if used is not None:
+        job["resources_used"] = {"walltime": used}
+    assert start_s(job, autumn + 60 * said_min) == autumn + 60 * start_min
+
+
+def test_an_ended_job_began_as_long_before_as_it_ran(autumn: float) -> None:
+    job = {
+        "stime": "Sun Oct 25 02:30:00 2026",
+        "obittime": "Sun Oct 25 03:10:00 2026",
+        "resources_used": {"walltime": "01:40:00"},
+    }
+    assert end_s(job, autumn + 86400) == autumn + 4200
+    assert start_s(job, autumn + 86400) == autumn - 1800
 
 
 # --- the provider -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_accounting_tells_what_the_queue_forgot(scripted: Path, tmp_path: Path) 
     assert record.start_s is not None
     assert record.end_s - record.start_s == 600.0
     assert state(provider, job_id) is JobState.FAILED
+
+
+def test_the_hour_that_comes_twice_in_autumn_is_no_other(
+    scripted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = datetime(2026, 10, 25, 1, 30, tzinfo=UTC).timestamp()
+    when = f"$(date -d @{start:.0f} +${{SLURM_TIME_FORMAT:-%FT%T}})"
+    (scripted / "squeue").write_text(f'#!/bin/sh\necho "7|basin.cpu|RUNNING|None|n1|{when}|N/A"\n')
+    provider = make(tmp_path)
+    job_id = provider.submit("x", 1, "parsl.cpu.block-0")
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+        time.tzset()
+        provider.look()
+    time.tzset()
+    assert provider.record(job_id).start_s == start
 
 
 def test_without_accounting_it_is_asked_once(scripted: Path, tmp_path: Path) -> None:
