@@ -18,6 +18,7 @@ from orchestrator.model_command import model_app
 
 if TYPE_CHECKING:
     from orchestrator.campaign import Campaign
+    from orchestrator.sites import Site
     from orchestrator.store import Store
 
 EXIT_UNFINISHED = 5
@@ -187,10 +188,11 @@ def plan(
 
     campaign = _campaign(file, store)
     require_plain_path(campaign.store)
-    found = forecast(campaign, load_site(site, workers=workers), exact=exact)
+    loaded = load_site(site, workers=workers)
+    found = forecast(campaign, loaded, exact=exact)
     if as_json:
         _print_json(asdict(found))
-        _refuse_beyond(max_node_hours, found.node_hours, campaign)
+        _refuse_beyond(max_node_hours, found.node_hours, campaign, loaded)
         return
     from rich.table import Table
 
@@ -252,17 +254,18 @@ def plan(
     if found.batch_scripts and found.pools:
         console.print("\nwhat would be submitted:", markup=False)
         console.print(blocks_forecast(found.pools))
-    _refuse_beyond(max_node_hours, found.node_hours, campaign)
+    _refuse_beyond(max_node_hours, found.node_hours, campaign, loaded)
 
 
-def _refuse_beyond(limit: float | None, node_hours: float, campaign: Campaign) -> None:
+def _refuse_beyond(limit: float | None, node_hours: float, campaign: Campaign, site: Site) -> None:
     """Raise CampaignError where a forecast exceeds what earlier runs left of a budget."""
     if limit is None:
         return
     from orchestrator import fleet, progress
 
     before = progress.read(campaign.store)
-    used = fleet.hours_used(before) if before is not None else 0.0
+    executors = list(site.config.executors)
+    used = fleet.hours_used(before, executors) if before is not None else 0.0
     if node_hours > max(limit - used, 0.0):
         needed = math.ceil(100 * (used + node_hours)) / 100
         budget = counts.in_full(limit)
@@ -285,10 +288,11 @@ def _require_budget(campaign: Campaign, options: _Options) -> None:
 
     try:
         # A site of its own: for the forecast its providers are made to submit nothing.
-        found = forecast(campaign, load_site(options.site, workers=options.workers))
+        loaded = load_site(options.site, workers=options.workers)
+        found = forecast(campaign, loaded)
     except BasinError:
         return  # the run meets the same, if it matters there
-    _refuse_beyond(options.max_node_hours, found.node_hours, campaign)
+    _refuse_beyond(options.max_node_hours, found.node_hours, campaign, loaded)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -279,17 +280,42 @@ def cancel_leftovers(executors: list[Any], blocks: list[dict[str, Any]]) -> list
     return cancelled
 
 
-def hours_used(before: ProgressFile) -> float:
+def hours_used(before: ProgressFile, executors: list[Any]) -> float:
     """Return the node-hours that all runs of a campaign have used, by what the last one wrote."""
-    return before.node_hours + hours_meanwhile(before.blocks, before.time_s)
+    return before.node_hours + hours_meanwhile(before.blocks, before.time_s, executors)
 
 
-def hours_meanwhile(blocks: list[dict[str, Any]], since_s: float) -> float:
-    """Return the node-hours that blocks without a driver have used since it last wrote."""
+def hours_meanwhile(blocks: list[dict[str, Any]], since_s: float, executors: list[Any]) -> float:
+    """Return the node-hours that blocks without a driver have used since it last wrote.
+
+    Of a block that the scheduler no longer knows those up to its latest end.
+    """
     now = time.time()
     hours = 0.0
-    for word in blocks:
-        if word.get("state") == "running":
-            until = min(now, float(word.get("end_s") or now))
-            hours += max(0.0, until - since_s) * int(word.get("n_nodes", 1)) / 3600
+    for word, seen in _seen_now(blocks, executors):
+        start, until = word.get("start_s"), word.get("end_s")
+        if seen is not None:
+            start, until = seen.start_s or start, seen.end_s or until
+            if seen.state == "pending" or not start:
+                continue
+        elif word.get("state") != "running":
+            continue
+        lasted = min(now, float(until or now)) - max(since_s, float(start or since_s))
+        hours += max(0.0, lasted) * int(word.get("n_nodes", 1)) / 3600
     return hours
+
+
+def _seen_now(
+    blocks: list[dict[str, Any]], executors: list[Any]
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Give the blocks that had not ended, each with what its scheduler says of it, or None."""
+    left = [word for word in blocks if word.get("state") != "ended"]
+    providers = {executor.label: executor.provider for executor in executors}
+    for pool in dict.fromkeys(word.get("pool") for word in left):
+        words = {str(word.get("job_id")): word for word in left if word.get("pool") == pool}
+        seen: Mapping[str, Any] = {}
+        if hasattr(providers.get(pool), "seen_by_id"):
+            with contextlib.suppress(Exception):
+                seen = providers[pool].seen_by_id(list(words))
+        for job, word in words.items():
+            yield word, seen.get(job)

@@ -240,7 +240,7 @@ class Driver:
         self._classes: Counter[int] = Counter()
         before = progress.read(self.store.path) or progress.ProgressFile()
         self._left_behind = before.blocks
-        self._hours_before = fleet.hours_used(before)
+        self._hours_before = fleet.hours_used(before, list(site.config.executors))
         self.nodes = Nodes({} if forget_nodes else before.bad_nodes)
         self.fleet = fleet.Fleet({})
         self._executors: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +13,7 @@ from parsl.jobs.states import JobState, JobStatus
 from parsl.providers.errors import SubmitException
 
 from site_configs.support.records import NOT_SUBMITTED, BlockRecord, walltime_text
-from site_configs.support.scheduler import JOB_PREFIX, Block, Scheduler, run
+from site_configs.support.scheduler import JOB_PREFIX, Block, Scheduler, Seen, run
 
 if TYPE_CHECKING:
     from parsl.providers.cluster_provider import ClusterProvider as _Base
@@ -110,6 +110,10 @@ class ResilientProvider(_Base):
             return []
         ours = [job_id for job_id in wanted if seen.get(job_id, JOB_PREFIX).startswith(JOB_PREFIX)]
         return self.scheduler.cancel_jobs(ours)
+
+    def seen_by_id(self, job_ids: Sequence[str]) -> Mapping[str, Seen]:
+        """What the scheduler says of jobs that an earlier driver left, of those that it knows."""
+        return self.scheduler.seen([job_id for job_id in job_ids if job_id[:1].isdigit()])
 
     def wait_gone(self, limit_s: float) -> list[str]:
         """Wait until the blocks that were given back are gone; the jobs that are not."""

@@ -156,6 +156,14 @@ class Scheduler(ABC):
     def find(self, name: str) -> str | None:
         """The id of our job of that name; "" where there is none, None where nobody answers."""
 
+    def seen(self, job_ids: list[str]) -> Mapping[str, Seen]:
+        """What the scheduler says of jobs that are no blocks of ours; nothing where it is away."""
+        try:
+            return (self.ask(job_ids) or {}) if job_ids else {}
+        except (OSError, ValueError, LookupError) as exc:
+            log.warning("the scheduler's answer cannot be read: %s: %s", type(exc).__name__, exc)
+            return {}
+
     # -- blocks ------------------------------------------------------------------------------
 
     def track(self, block: Block) -> None:

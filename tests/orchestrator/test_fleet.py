@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.fleet import VERDICT_S, Fleet, cancel_leftovers, hours_meanwhile
 from site_configs.support.records import BlockRecord
+from site_configs.support.scheduler import Seen
 
 RUNNING = BlockRecord("4711", "cpu", "running", nodes=("n1",), start_s=0.0, n_nodes=2)
 
@@ -23,6 +24,8 @@ class Provider:
         self.records = records
         self.looks = 0
         self.cancelled: list[str] = []
+        self.seen: dict[str, Seen] = {}
+        self.answers = True
 
     def record(self, job_id: str) -> BlockRecord:
         return self.records[job_id]
@@ -35,6 +38,11 @@ class Provider:
     def cancel(self, jobs: list[str]) -> list[bool]:
         self.cancelled += jobs
         return [True] * len(jobs)
+
+    def seen_by_id(self, jobs: list[str]) -> dict[str, Seen]:
+        if not self.answers:
+            raise OSError
+        return {job: self.seen[job] for job in jobs if job in self.seen}
 
     def cancel_by_id(self, jobs: list[str]) -> list[str]:
         self.cancelled += jobs
@@ -177,4 +185,35 @@ def test_what_an_earlier_driver_left_is_cancelled_and_its_hours_count() -> None:
     ]
     executor = Executor({})
     assert cancel_leftovers([executor], blocks) == ["1", "2"]
-    assert hours_meanwhile(blocks, now - 3600) == pytest.approx(2.0 + 0.5, abs=0.01)
+    assert hours_meanwhile(blocks, now - 3600, []) == pytest.approx(2.0 + 0.5, abs=0.01)
+    assert hours_meanwhile(blocks, now - 3600, [executor]) == pytest.approx(2.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("state", "seen", "hours"),
+    [
+        ("running", Seen("ended", "cancelled", start_s=-7200, end_s=-2700), 0.5),
+        ("running", Seen("ended", "cancelled", end_s=-5000), 0.0),
+        ("running", Seen("running", start_s=-7200, end_s=1800), 2.0),
+        ("pending", Seen("running", start_s=-900, end_s=1800), 0.5),
+        ("pending", Seen("ended", "walltime", start_s=-1800, end_s=-900), 0.5),
+        ("pending", Seen("ended", "cancelled", end_s=-900), 0.0),
+        ("pending", Seen("pending"), 0.0),
+        ("pending", None, 0.0),
+        ("running", None, 2.0),
+    ],
+)
+def test_the_scheduler_knows_when_a_block_without_a_driver_ended(
+    state: str, seen: Seen | None, hours: float
+) -> None:
+    now = time.time()
+    running = {"start_s": now - 7200, "end_s": now + 1800} if state == "running" else {}
+    block = {"pool": "cpu", "job_id": "1", "state": state, "n_nodes": 2, **running}
+    executor = Executor({})
+    if seen is not None:
+        start, end = (t and t + now for t in (seen.start_s, seen.end_s))
+        executor.provider.seen = {"1": replace(seen, start_s=start, end_s=end)}
+    assert hours_meanwhile([block], now - 3600, [executor]) == pytest.approx(hours, abs=0.01)
+    executor.provider.answers = False
+    without = 2.0 if state == "running" else 0.0
+    assert hours_meanwhile([block], now - 3600, [executor]) == pytest.approx(without, abs=0.01)

@@ -242,6 +242,9 @@ def test_a_deleted_block_is_cancelled(server: Path, tmp_path: Path) -> None:
     record = wait_for(provider, job_id, ended)
     assert record.reason == "cancelled"
     assert record.words == f"job {job_id} was cancelled on pbs01"
+    seen = make(tmp_path).seen_by_id([job_id, "999999.pbs01", "waiting-cpu-0"])
+    assert list(seen) == [job_id], "a later driver learns of it, too"
+    assert (seen[job_id].state, seen[job_id].end_s) == ("ended", record.end_s)
     assert state(provider, job_id) is JobState.CANCELLED
 
 

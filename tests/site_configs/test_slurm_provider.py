@@ -76,6 +76,9 @@ def test_how_blocks_end(slurm_cluster: object, tmp_path: Path) -> None:
     gone = wait_for(provider, alive, ended)
     assert gone.reason == "cancelled"
     assert gone.words == f"job {alive} was cancelled on {record.nodes[0]}"
+    seen = make(tmp_path).seen_by_id([alive, "999999", "waiting-cpu-0"])
+    assert list(seen) == [alive], "a later driver learns of it, too"
+    assert (seen[alive].state, seen[alive].end_s) == ("ended", gone.end_s)
     assert state(provider, alive) is JobState.CANCELLED
     printed = provider.scheduler.blocks[alive].stderr.with_suffix(".stdout").read_text()
     assert "BASIN_BLOCK_WALLTIME_S=60" in printed
