@@ -26,7 +26,8 @@ class Queue:
         programs = {
             "qsub": 'n=$(ls | wc -l); n=$((n + 1)); echo "$*" > $n.pbs; echo $n.pbs',
             "qstat": 'test -s $4 || { echo "qstat: Unknown Job Id $4" >&2; exit 153; }\n'
-            'echo "{\\"pbs_server\\": \\"pbs\\", \\"Jobs\\": {\\"$4\\": {\\"job_state\\": \\"H\\"}}}"',
+            'echo "{\\"pbs_server\\": \\"pbs\\", '
+            '\\"Jobs\\": {\\"$4\\": {\\"job_state\\": \\"H\\"}}}"',
             "qdel": "test -s $1 && : > $1",
         }
         for name, text in programs.items():
