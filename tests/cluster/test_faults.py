@@ -135,6 +135,43 @@ def test_blocks_drain_before_their_walltime_ends(
     assert ends <= {"COMPLETED", "CANCELLED"}
 
 
+def test_a_relaxation_goes_on_through_the_walltimes_of_its_blocks(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    # Steps so short that it takes longer than any block of a minute has time for.
+    slow = CHEMISTRY.replace("fmax = 0.05", 'max_step_length = "0.0006 A"\nmax_steps = 5000')
+    sildenafil = ["CCCc1nn(C)c2c1nc([nH]c2=O)-c1cc(ccc1OCC)S(=O)(=O)N1CCN(C)CC1"]
+    at_once, in_parts = (
+        write_campaign(tmp_path / name, sildenafil, stages=slow, run=RUN)
+        for name in ("at-once", "in-parts")
+    )
+    site = write_site(tmp_path, walltime="1 min")
+    jobs: set[str] = set()
+    with (
+        running(in_parts, f"--site={site}", workers=None) as run,
+        running(at_once, workers=1) as whole,
+    ):
+
+        def ended() -> bool:
+            jobs.update(job["id"] for job in slurm_cluster.running())
+            return run.process.poll() is not None
+
+        until(ended, 2 * LIMIT_S, run.output, every=1.0)
+        assert run.wait(LIMIT_S) == 0, run.output()
+        assert whole.wait(LIMIT_S) == 0, whole.output()
+        assert run.end()["lost_bundles"] == 0
+        slurm_cluster.assert_empty()
+    assert len(jobs) >= 2, "one block was enough"
+    mine, theirs = (by_key(store_of(campaign), "relaxations") for campaign in (in_parts, at_once))
+    times = {"cpu_s", "wall_s"}
+    for key, row in mine.items():
+        assert {n: v for n, v in row.items() if n not in times} == {
+            n: v for n, v in theirs[key].items() if n not in times
+        }
+    (task,) = (t for t in by_key(store_of(in_parts), "tasks").values() if t["stage"] == "gfn2")
+    assert (task["status"], task["attempts"][0]) == ("ok", 1)
+
+
 def test_whatever_a_cluster_does_the_rows_are_a_quiet_runs(
     slurm_cluster: SlurmCluster, tmp_path: Path, quiet: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
