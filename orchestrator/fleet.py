@@ -21,6 +21,7 @@ VERDICT_S: Final = 120.0
 KNOWN_ENDS: Final = frozenset(
     {"walltime", "cancelled", "node", "preempted", "avoided", "completed"}
 )
+LEFTOVER_LOOK_S: Final = 0.5
 _ENDED_SHOWN: Final = 50
 _MANAGERS_KEPT: Final = 20_000
 
@@ -264,9 +265,16 @@ def _from_status(executor: Any, block: str, job: Any) -> dict[str, Any]:
     }
 
 
-def cancel_leftovers(executors: list[Any], blocks: list[dict[str, Any]]) -> list[str]:
-    """End what an earlier driver left behind, by its progress file; return the jobs' ids."""
+def cancel_leftovers(
+    executors: list[Any], blocks: list[dict[str, Any]], limit_s: float = 0.0
+) -> list[str]:
+    """End what an earlier driver left behind, by its progress file; return the jobs' ids.
+
+    Waits for up to ``limit_s`` until they are gone: what their workers seal at the last moment
+    would be computed again by a driver that has looked at the store before.
+    """
     cancelled: list[str] = []
+    until = time.monotonic() + limit_s
     for executor in executors:
         provider = executor.provider
         jobs = [
@@ -276,8 +284,16 @@ def cancel_leftovers(executors: list[Any], blocks: list[dict[str, Any]]) -> list
         ]
         if jobs and hasattr(provider, "cancel_by_id"):
             with contextlib.suppress(Exception):
-                cancelled += provider.cancel_by_id(jobs)
+                gone = provider.cancel_by_id(jobs)
+                cancelled += gone
+                while gone and time.monotonic() < until and _any_left(provider, gone):
+                    time.sleep(LEFTOVER_LOOK_S)
     return cancelled
+
+
+def _any_left(provider: Any, jobs: list[str]) -> bool:
+    """Tell whether a job still has processes; one that its scheduler does not know has none."""
+    return any(seen.state != "ended" for seen in provider.seen_by_id(jobs).values())
 
 
 def hours_used(before: ProgressFile, executors: list[Any]) -> float:

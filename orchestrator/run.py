@@ -383,7 +383,7 @@ class Driver:
     def _clear_the_way(self) -> None:
         """End what an earlier driver left behind; prepare the pools for what is known already."""
         executors: list[Any] = list(self.site.config.executors)
-        if gone := fleet.cancel_leftovers(executors, self._left_behind):
+        if gone := fleet.cancel_leftovers(executors, self._left_behind, _GONE_LIMIT_S):
             self.notes.add(
                 f"{len(gone)} blocks of an earlier run were cancelled: {', '.join(gone)}"
             )

@@ -189,6 +189,22 @@ def test_what_an_earlier_driver_left_is_cancelled_and_its_hours_count() -> None:
     assert hours_meanwhile(blocks, now - 3600, [executor]) == pytest.approx(2.5, abs=0.01)
 
 
+def test_blocks_of_an_earlier_driver_are_gone_before_the_store_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = [{"pool": "cpu", "job_id": "1", "state": "running", "n_nodes": 1}]
+    executor = Executor({})
+    answers = [{"1": Seen("running")}, {"1": Seen("running")}, {"1": Seen("ended", "cancelled")}]
+    left = list(answers)
+    monkeypatch.setattr(executor.provider, "seen_by_id", lambda jobs: left.pop(0), raising=False)
+    monkeypatch.setattr("orchestrator.fleet.LEFTOVER_LOOK_S", 0.0)
+    assert cancel_leftovers([executor], blocks, 30.0) == ["1"]
+    assert not left, "its last workers may still have been sealing"
+    left = list(answers)
+    assert cancel_leftovers([executor], blocks) == ["1"]
+    assert left == answers, "without a limit there is no waiting"
+
+
 @pytest.mark.parametrize(
     ("state", "seen", "hours"),
     [
