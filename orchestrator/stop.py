@@ -24,11 +24,12 @@ def stop(store: Path, *, now: bool, site: str, say: Callable[[str], None]) -> No
     did not write it down. Raises StoreError where the store cannot be written.
     """
     running = lock.is_running(store)
+    # Asked before it is told to stop: one that leaves at once takes its name along.
+    holder = lock.named(lock.who(store))
     if running:
         lock.request_stop(store, now=now)
     stopped = _cancel_jobs(store, running, say)
     if running:
-        holder = lock.named(lock.who(store))
         say(f"asked {holder} to {'stop at once' if now else 'finish its running items'}")
         _wait(store, say)
         say("stopped; finished work is kept, and `basin run` goes on from there")
