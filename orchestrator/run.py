@@ -11,13 +11,13 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -257,6 +257,7 @@ class Driver:
         self._core_s = 0.0
         self._lost = 0
         self._reader: subprocess.Popen[bytes] | None = None
+        self._said: dict[int, IO[bytes]] = {}
         self._failed_blocks: dict[str, int] = {}
         self._forgiven_blocks: dict[str, int] = {}
         self.notes = Notes()
@@ -298,26 +299,26 @@ class Driver:
                 if process is not None and process.poll() is None:
                     process.kill()
                     process.wait()
+            for said in self._said.values():
+                said.close()
             lock.release()
 
     # -- set-up -----------------------------------------------------------------------------
 
-    def _said(self, module: str) -> Path:
-        return self.store.path / "logs" / self.run_id / f"{module.rpartition('.')[2]}.stderr"
-
     def _python(self, module: str, *arguments: object) -> subprocess.Popen[bytes]:
-        path = self._said(module)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Not a pipe: nobody reads it before the end, and a full one would hold the process up.
-        with path.open("wb") as said:
-            return subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stderr=said,
-                # A Ctrl-C at the terminal is for the driver, which then ends these in good order.
-                process_group=0,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"},
-            )
+        # Not in the store: its disk may be full, and that is what there is to say.
+        said = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as its process runs
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stderr=said,
+            # A Ctrl-C at the terminal is for the driver, which then ends these in good order.
+            process_group=0,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HDF5_USE_FILE_LOCKING": "FALSE"},
+        )
+        self._said[process.pid] = said
+        return process
 
     @contextlib.contextmanager
     def _signals(self, lock: DriverLock) -> Iterator[None]:
@@ -963,11 +964,11 @@ class Driver:
             process.wait()
 
     def _wait_process(self, process: subprocess.Popen[bytes], what: str) -> None:
-        if process.wait():
-            assert isinstance(process.args, list)
-            with self._said(str(process.args[2])).open("rb") as said:
-                said.seek(max(0, said.seek(0, os.SEEK_END) - _TAIL_BYTES))
-                error = said.read()
+        process.wait()
+        with self._said.pop(process.pid) as said:
+            said.seek(max(0, said.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            error = said.read()
+        if process.returncode:
             lines = error.decode(errors="replace").strip().splitlines() or ["no message"]
             kinds = {kind.exit_code: kind for kind in (CampaignError, StoreError)}
             raise kinds.get(process.returncode, RunError)(f"{what} failed: {lines[-1]}")
