@@ -29,6 +29,9 @@ _PERCEPTION_ITERATIONS = 100_000
 
 _HEAVIEST_ELEMENT = 118
 
+# Brackets in a flexible molecule's SMILES.
+MOST_BRANCHES = 15
+
 
 @dataclass(frozen=True, slots=True)
 class Molecule:
@@ -81,6 +84,21 @@ def parse_smiles(text: str) -> Molecule:
     if "*" in canonical:
         _refuse_dummies(_mol_from_smiles(smiles), f"SMILES {_short(smiles)!r}")
     return _molecule(canonical, mol)
+
+
+def is_flexible(smiles: str) -> bool:
+    """Whether a molecule is flexible as Rothchild et al. (2024) chose theirs.
+
+    No double or triple bond, no ring, and at most 15 opening brackets in the SMILES. That number is
+    read here as of the SMILES with all hydrogens written as atoms, as in "[H]OC([H])([H])[H]": no
+    molecule of QM9 has as many brackets without them. False where there is no SMILES.
+    """
+    if not smiles:
+        return False
+    from rdkit import Chem
+
+    written = re.sub(r"\[[^]]*\]", "X", Chem.MolToSmiles(rdkit_molecule(smiles)))
+    return not re.search(r"[=#\d%:]", written) and written.count("(") <= MOST_BRANCHES
 
 
 def from_rdkit(mol: Chem.Mol) -> tuple[Molecule, NDArray[np.float64]]:

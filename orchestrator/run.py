@@ -608,6 +608,7 @@ class Driver:
                 crash_limit=self.campaign.run.crash_limit,
                 estimates=np.array(seconds, np.float32).tobytes(),
                 control_every=max(1.0, workers / CONTROL_READS_S),
+                siblings=self.plan.siblings(stage),
             )
             self._flying[bundle.id] = bundle
             self._flying_in[pool] += 1
@@ -659,7 +660,7 @@ class Driver:
             elif code == TOO_LONG:
                 self._defer(stage, item)
             elif code == CUT_OFF:
-                self._cut_off(bundle.stage, item)
+                self._cut_off(bundle.stage_of(item), item)
             elif code == NO_PARENT:
                 self._orphans.append((stage, item))
             else:
@@ -757,7 +758,8 @@ class Driver:
         began = self._submitted_s.pop(bundle.id, 0.0)
         if rest and verdict.walltime and not self._came_further(bundle, rest[0], began):
             # In their order: the first one ran when the block ended.
-            self._cut_off(bundle.stage, rest.pop(0))
+            item = rest.pop(0)
+            self._cut_off(bundle.stage_of(item), item)
         if rest:
             self.stream.again.append((bundle.stage.index, rest))
         self._note_loss(verdict, len(bundle.items), "none charged")
@@ -817,7 +819,7 @@ class Driver:
                     f"its worker was lost {item.losses} times while it ran alone "
                     f"({verdict.words}; {error})"
                 )
-                self._set_aside(bundle.stage, item, "lost", words, item.losses)
+                self._set_aside(bundle.stage_of(item), item, "lost", words, item.losses)
             else:
                 self.stream.again.append((stage, [item]))
         elif rest:
