@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shlex
 import signal
@@ -52,6 +53,8 @@ class _Clock:
     def __init__(self, saved: Arrays | None, share: float = 1.0) -> None:
         """``saved``: state to go on from, whose times are taken out; ``share``: of a batch."""
         spent = saved.pop(_SPENT).tolist() if saved is not None else (0.0, 0.0)
+        self.cpu_s: float
+        self.wall_s: float
         self.cpu_s, self.wall_s = spent
         self._share = share
         self._began = time.process_time(), time.perf_counter()
@@ -484,7 +487,8 @@ def _together(
         starts.append(
             kernel.ChainStart(payload.numbers, payload.positions, payload.seed, settings["n"])
         )
-    company = "+".join(sorted(Path(payload.checkpoint).stem[:8] for payload in payloads))
+    names = sorted(Path(payload.checkpoint).stem for payload in payloads)
+    company = hashlib.sha256("".join(names).encode()).hexdigest()
     state = _restored(chains, step) if step else None
     saved = time.monotonic()
     kept = False

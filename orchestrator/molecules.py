@@ -854,11 +854,15 @@ def _archive_name(arrays: dict[str, NDArray[Any]], row: int) -> str:
 
 
 def _read_archive(path: Path, source: MoleculeSource) -> Iterator[Record]:
+    from kernels.graph import may_be_flexible
+
     arrays = _open_archive(path)
     for row in range(len(arrays["numbers"])):
         name = _archive_name(arrays, row)
         if source.split is not None and split_of(name) != source.split:
             continue  # before the perception of its bonds, which takes a while
+        if source.flexible and not may_be_flexible(arrays["numbers"][row]):
+            continue
         one = {label: array[row : row + 1] for label, array in arrays.items()}
         yield _record(path, row + 1, name, name, partial(_from_archive, one, source))
 

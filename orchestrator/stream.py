@@ -103,6 +103,7 @@ class Stream:
         # Stages whose items run together share the queue of the first of them.
         self._queue = [s.index if s.leader < 0 else s.leader for s in plan.stages]
         self._arrived = [0.0] * n
+        self._leaders = sorted({s.leader for s in plan.stages if s.leader >= 0})
         self.ready: list[deque[Item]] = [deque() for _ in range(n)]
         self.ready_s = [0.0] * n
         self.again: deque[tuple[int, list[Item]]] = deque()
@@ -242,7 +243,8 @@ class Stream:
         """Return the next bundle for a pool, or None when nothing is ready for it.
 
         Later stages come first, so that molecules are finished before new ones are begun; a
-        stage with less than a bundle's worth waits while another has more.
+        stage with less than a bundle's worth waits while another has more. What chains that run
+        together still wait for goes before all.
         """
         for _ in range(len(self.again)):
             stage, items = self.again.popleft()
@@ -256,10 +258,23 @@ class Stream:
         ]
         if not mine:
             return None
-        mine.sort(key=lambda s: -self.plan.depth[s.index])
-        full = [s for s in mine if self._enough(s.index, target_s)]
+        before_chains = self._before_chains()
+        mine.sort(key=lambda s: (s.index not in before_chains, -self.plan.depth[s.index]))
+        full = [s for s in mine if self._enough(s.index, target_s) or s.index in before_chains]
         stage_plan = full[0] if full else max(mine, key=lambda s: self.ready_s[s.index])
         return stage_plan, self._cut_bundle(stage_plan.index, target_s, workers)
+
+    def _before_chains(self) -> set[int]:
+        """Return the stages that lead to chains that run together, while those are too few."""
+        found: set[int] = set()
+        for leader in self._leaders:
+            if len(self.ready[leader]) < MOST_TOGETHER:
+                for stage in self.plan.siblings(self.plan.stages[leader]):
+                    parent = stage.parent
+                    while parent >= 0:
+                        found.add(parent)
+                        parent = self.plan.stages[parent].parent
+        return found
 
     def _more_to_come(self, stage: StagePlan) -> bool:
         """Tell whether chains wait for others that would share the calls of their network."""
