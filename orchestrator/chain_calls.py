@@ -32,9 +32,8 @@ from orchestrator.kernel_calls import (
 )
 
 if TYPE_CHECKING:
-    from kernels.sampling.metropolis import ChainSettings, ChainState, Proposal
-
     from kernels.diffusion.chains import ChainsState
+    from kernels.sampling.metropolis import ChainSettings, ChainState, Proposal
 
 Arrays = dict[str, NDArray[Any]]
 

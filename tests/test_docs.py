@@ -100,7 +100,10 @@ def test_the_messages_in_the_guide_to_clusters_are_the_programs(words: str) -> N
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/clusters.md", "docs/diffusion.md", "docs/running.md", "docs/store.md"],
+    [
+        *("README.md", "docs/chains.md", "docs/clusters.md", "docs/diffusion.md"),
+        *("docs/running.md", "docs/store.md"),
+    ],
 )
 def test_files_named_in_the_docs_exist(page: str) -> None:
     text = (ROOT / page).read_text()

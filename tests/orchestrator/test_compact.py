@@ -199,6 +199,24 @@ def test_of_very_many_shards_the_oldest_go_sooner(
     assert wrong_items(store.read("relaxations"), store.read("frames"), set(range(5))) == []
 
 
+def test_of_very_large_shards_the_oldest_go_sooner(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "LEAST_GRACE_S", -1.0)
+    for item in range(4):
+        seal_items(store, [item], f"s{item}")
+        compact(store)
+    sizes = [path.stat().st_size for path in store.sealed_shards()]
+    assert len(sizes) == 4
+    monkeypatch.setattr(compaction, "KEPT_BYTES", int(2.5 * max(sizes)))
+    seal_items(store, [4], "s4")
+    compact(store)
+    names = {path.name.split("-")[0] for path in store.sealed_shards()}
+    assert "s4" in names
+    assert "s0" not in names
+    assert wrong_items(store.read("relaxations"), store.read("frames"), set(range(5))) == []
+
+
 def test_an_old_segment_has_its_grace_period_too(store: Store) -> None:
     seal_items(store, [1], "a")
     compact(store)
