@@ -665,7 +665,8 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
 def _proposes(index: int, stage: Mapping[str, Any], problems: _Problems) -> bool:
     """Whether a model makes proposals; what belongs to one stands there then, and only then."""
     wanted = stage.get("proposal") == "diffusion"
-    for name, example in (("model", '"qm9-edm"'), ("n", "14"), ("diffusion_share", "0.5")):
+    required = {"model": '"qm9-edm"', "n": "20"}
+    for name in (*required, "diffusion_share", "diffusion_moves"):
         location: Location = ("stages", index, name)
         if not wanted and name in stage:
             problems.add_value(
@@ -673,11 +674,11 @@ def _proposes(index: int, stage: Mapping[str, Any], problems: _Problems) -> bool
                 stage[name],
                 'belongs to proposal = "diffusion"; write that, or leave this line out',
             )
-        elif wanted and name != "diffusion_share" and stage.get(name) in (None, []):
+        elif wanted and name in required and stage.get(name) in (None, []):
             problems.add(
                 location,
                 f'{problems.field(location)} is missing; proposal = "diffusion" needs it, such as '
-                f"{name} = {example}",
+                f"{name} = {required[name]}",
             )
     return wanted
 

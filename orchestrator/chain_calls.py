@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels import errors
 from kernels.errors import KernelError
 from orchestrator.frame_file import SavedFrames, frames_path
 from orchestrator.kernel_calls import (
@@ -171,7 +172,11 @@ def _metropolis(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict
         assert payload.numbers is not None
         model = load_model(stage.model, wanted["model"], stage.gpu)
         proposal = DiffusionProposal(
-            model, payload.numbers, wanted["n"], share=wanted["diffusion_share"]
+            model,
+            payload.numbers,
+            wanted["n"],
+            wanted["diffusion_share"],
+            moves=wanted["diffusion_moves"],
         )
         about.update(
             kind="diffusion metropolis",
@@ -238,70 +243,75 @@ def _chain(
 
 
 def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
+    from kernels.sampling.replica_exchange import SingleProcess, run_exchange
+
     wanted = stage.settings
     path = Path(payload.checkpoint)
     request = _request(stage, payload)
-    clock = _Clock(None)
     if stage.mpi_prefix:
         result = _by_mpi(stage, request, path, stop)
     else:
-        from kernels.sampling.replica_exchange import Alone, run_exchange
-
+        path.parent.mkdir(parents=True, exist_ok=True)
         result = run_exchange(
-            request, Alone(), saved=path, stop=stop, save_every_s=stage.checkpoint_every
+            request, SingleProcess(), saved=path, stop=stop, save_every_s=stage.checkpoint_every
         )
     if result is None:
         return dict(_OPEN)
-    rows = []
-    for rung, temperature in enumerate(wanted["temperatures"]):
-        frames = result["frames"][rung]
-        rows.append(
-            _row(
-                payload,
-                clock,
-                **_program(wanted),
-                kind="replica exchange",
-                temperature_K=temperature,
-                repeat=wanted.get("repeat", 0),
-                n_steps=wanted["steps"],
-                burn_in=wanted["burn_in"],
-                save_every=wanted["save_every"],
-                step_size_A=float(result["step_size"][rung]),
-                acceptance=float(result["acceptance"][rung]),
-                swap_acceptance=float(result["swap_acceptance"][rung]),
-                n_evaluations=int(result["n_evaluations"][rung]),
-                energy_eV=result["energies"][rung],
-                positions=frames.reshape(-1, 3),
-            )
+    clock = _Clock(None)
+    # Of each chain, what its energies took; before it was taken up again is not counted.
+    clock.cpu_s = float(result["compute_s"].sum()) / len(wanted["temperatures"])
+    clock.wall_s = float(result["total_s"].max())
+    rows = [
+        _row(
+            payload,
+            clock,
+            **_program(wanted),
+            kind="replica exchange",
+            temperature_K=temperature,
+            repeat=wanted.get("repeat", 0),
+            n_steps=wanted["steps"],
+            burn_in=wanted["burn_in"],
+            save_every=wanted["save_every"],
+            step_size_A=float(result["step_size"][rung]),
+            acceptance=float(result["acceptance"][rung]),
+            swap_acceptance=float(result["swap_acceptance"][rung]),
+            n_evaluations=int(result["n_evaluations"][rung]),
+            energy_eV=result["energies"][rung],
+            positions=result["frames"][rung].reshape(-1, 3),
         )
+        for rung, temperature in enumerate(wanted["temperatures"])
+    ]
     nbytes = sum(700 + row["energy_eV"].nbytes + row["positions"].nbytes for row in rows)
     return {**done({"chains": rows}, nbytes), "checkpointed": path.exists()}
 
 
 def _request(stage: Call, payload: Payload) -> Arrays:
     """Return what a replica exchange has to know, as plain arrays for a file."""
+    from kernels.sampling.replica_exchange import ExchangeSettings, request_arrays
+
     wanted = stage.settings
     assert payload.numbers is not None
     assert payload.positions is not None
-    words = {name: wanted[name] for name in ("level", "program")}
-    numbers = {
-        name: wanted[name]
-        for name in ("electronic_temperature", "steps", "burn_in", "save_every", "swap_every")
-        if name in wanted
+    settings = ExchangeSettings(
+        temperatures=tuple(wanted["temperatures"]),
+        steps=wanted["steps"],
+        burn_in=wanted["burn_in"],
+        save_every=wanted["save_every"],
+        swap_every=wanted["swap_every"],
+        step_size=wanted["step_size"],
+        tune=wanted["tune"],
+    )
+    calculator: dict[str, Any] = {
+        "charge": payload.charge,
+        "multiplicity": payload.multiplicity,
+        "smiles": payload.smiles,
+        **{
+            name: wanted[name]
+            for name in ("level", "program", "electronic_temperature")
+            if name in wanted
+        },
     }
-    return {
-        "numbers": payload.numbers,
-        "positions": payload.positions,
-        "temperatures": np.array(wanted["temperatures"]),
-        "step_size": np.array(wanted["step_size"]),
-        "tune": np.array(wanted["tune"]),
-        "seed": np.array(payload.seed, np.uint64),
-        "charge": np.array(payload.charge),
-        "multiplicity": np.array(payload.multiplicity),
-        "smiles": np.array(payload.smiles),
-        **{name: np.array(value) for name, value in words.items()},
-        **{name: np.array(value) for name, value in numbers.items()},
-    }
+    return request_arrays(payload.numbers, payload.positions, settings, payload.seed, calculator)
 
 
 def _die_with_parent() -> None:
@@ -320,8 +330,8 @@ def _by_mpi(stage: Call, request: Arrays, state: Path, stop: Callable[[], bool])
     command = [
         *shlex.split(stage.mpi_prefix),
         *(sys.executable, "-m", "kernels.sampling.exchange_program"),
-        *("--request", str(asked), "--result", str(answer), "--state", str(state)),
-        *("--stop-file", str(halt), "--save-every", f"{stage.checkpoint_every:g}"),
+        *("--request", str(asked), "--result", str(answer), "--saved", str(state)),
+        *("--stop-file", str(halt), "--save-every-s", f"{stage.checkpoint_every:g}"),
     ]
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(
@@ -346,18 +356,21 @@ def _by_mpi(stage: Call, request: Arrays, state: Path, stop: Callable[[], bool])
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if told is not None and not answer.exists():
+    result = _load(answer)
+    if result is None and told is not None:
         return None
-    if not answer.exists():
+    if result is None:
         words = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
         raise RuntimeError(
             f"{command[0]} ended with exit status {process.returncode} and no result: "
             f"{words[-1] if words else 'no message'}"
         )
-    result = _load(answer)
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
+    if "error" in result:
+        kind = result["error_class"].tobytes().decode()
+        raise getattr(errors, kind, KernelError)(result["error"].tobytes().decode())
     return result
 
 

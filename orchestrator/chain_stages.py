@@ -165,10 +165,15 @@ class MetropolisStage(_SampledStage):
         description="Diffusion step of such proposals; a list gives a stage for each",
     )
     diffusion_share: float = Field(
-        default=0.5,
+        default=0.9,
         gt=0,
         le=1,
         description="Share of the proposals that the model makes; the others are gaussian",
+    )
+    diffusion_moves: Literal["shaped", "reverse step"] = Field(
+        default="shaped",
+        description="What the model makes: moves shaped by its curvature at the start, or reverse "
+        "steps as they are",
     )
 
     @field_validator("model", "n")
@@ -194,6 +199,7 @@ class MetropolisStage(_SampledStage):
             settings["model"] = model_digest(self.model[0], self.name)
             settings["n"] = self.n[0]
             settings["diffusion_share"] = float(self.diffusion_share)
+            settings["diffusion_moves"] = str(self.diffusion_moves)
             settings["proposal_version"] = PROPOSAL_VERSION
         return settings
 
@@ -224,6 +230,13 @@ class ReplicaExchangeStage(_SampledStage):
     swap_every: int = Field(
         default=10, ge=1, le=1_000_000, description="Steps between two attempts to swap"
     )
+
+    @field_validator("temperatures")
+    @classmethod
+    def _two_at_least(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(values) < 2:
+            raise ValueError("leaves nothing to swap with; give two or more")
+        return tuple(sorted(values))
 
     def settings(self) -> dict[str, Setting]:
         """What determines the whole ladder."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +16,11 @@ import pytest
 
 from kernels.diffusion import model_files
 from kernels.embedding import embed
+from kernels.errors import CollapsedError
 from kernels.graph import parse_smiles
 from orchestrator.frame_file import SavedFrames, frames_path
 from orchestrator.kernel_calls import Call, Payload, batches, call
+from tests.conftest import engine_missing
 from tests.orchestrator.tiny_models import write_model
 
 GFN2 = {"level": "GFN2-xTB", "program": "tblite", "electronic_temperature": 300.0}
@@ -97,6 +102,75 @@ def test_a_metropolis_chain_that_is_stopped_goes_on_as_if_it_had_not_been(
     assert 0 < row["acceptance"] < 1
     assert row["cpu_s"] > 0
     assert part["checkpointed"]
+
+
+def test_a_model_s_moves_are_remembered_across_a_stop(
+    tmp_path: Path, require_engine: Callable[[str], None]
+) -> None:
+    require_engine("tblite")
+    digest = model_files.digest(model_files.find("qm9-edm"))
+    changes = {
+        "proposal": "diffusion", "model": digest, "n": 20, "diffusion_share": 0.9,
+        "diffusion_moves": "reverse step", "steps": 30,
+    }  # fmt: skip
+    stage = replace(metropolis(**changes), model="qm9-edm")
+    (whole,) = call(stage, [payload(tmp_path / "whole", "CO")], never)
+    one = payload(tmp_path / "parts", "CO")
+    (part,) = call(stage, [one], stopping(2))
+    assert part["status"] == "open"
+    (part,) = call(stage, [one], never)
+    same(rows(whole), rows(part))
+    row = rows(part)
+    assert (row["kind"], row["model"], row["n"]) == ("diffusion metropolis", "qm9-edm", 20)
+    (plain,) = call(metropolis(steps=30), [payload(tmp_path / "plain", "CO")], never)
+    assert not np.array_equal(rows(plain)["energy_eV"], row["energy_eV"])
+
+
+def exchange(**changes: Any) -> Call:
+    settings = {
+        **GFN2, "temperatures": [50.0, 150.0, 400.0], "steps": 40, "burn_in": 10, "save_every": 4,
+        "step_size": 0.0, "tune": False, "swap_every": 5,
+    }  # fmt: skip
+    return Call("replica_exchange", settings, 0.0, **changes)
+
+
+def ladder(outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        rows({"status": outcome["status"], "rows": {"chains": row}})
+        for row in outcome["rows"]["chains"]
+    ]
+
+
+def test_replica_exchange_is_a_chain_for_each_temperature_however_it_runs(
+    tmp_path: Path, require_engine: Callable[[str], None]
+) -> None:
+    require_engine("tblite")
+    (whole,) = call(exchange(), [payload(tmp_path / "whole", "CO")], never)
+    chains = ladder(whole)
+    assert [row["temperature_K"] for row in chains] == [50.0, 150.0, 400.0]
+    assert [len(row["energy_eV"]) for row in chains] == [41] * 3
+    assert [len(row["positions"]) for row in chains] == [11 * 6] * 3
+    assert all(0 <= row["swap_acceptance"] <= 1 for row in chains[:2])
+    assert chains[2]["swap_acceptance"] == -7.0
+    one = payload(tmp_path / "parts", "CO")
+    (part,) = call(exchange(), [one], stopping(2))
+    assert part["status"] == "open"
+    (part,) = call(exchange(), [one], never)
+    for row, other in zip(chains, ladder(part), strict=True):
+        same(row, other)
+    mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
+    if not (importlib.util.find_spec("mpi4py") and shutil.which(mpiexec)):
+        engine_missing("mpi", "mpi4py or mpiexec is not installed (pip install mpi4py mpich)")
+    over_two = exchange(mpi_prefix=f"{mpiexec} -n 2")
+    one = payload(tmp_path / "mpi", "CO")
+    (part,) = call(over_two, [one], stopping(1))
+    assert part["status"] in ("open", "ok")
+    (part,) = call(over_two, [one], never)
+    for row, other in zip(chains, ladder(part), strict=True):
+        same(row, other)
+    # What is wrong in there is told as if it had been here.
+    with pytest.raises(CollapsedError, match="collapsed"):
+        call(over_two, [replace(one, positions=0.1 * one.positions)], never)
 
 
 def test_a_gaussian_chain_ends_where_it_diverges_and_is_a_result(

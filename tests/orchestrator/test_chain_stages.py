@@ -114,7 +114,7 @@ def test_temperatures_and_seed_enter_the_key_and_their_writing_does_not(folder: 
         (METROPOLIS + "n = 8\n", ["n = 8", 'belongs to proposal = "diffusion"']),
         (
             METROPOLIS + 'proposal = "diffusion"\nmodel = "little.safetensors"\n',
-            ["n is missing", "n = 14"],
+            ["n is missing", "n = 20"],
         ),
         (
             METROPOLIS + 'proposal = "diffusion"\nmodel = "little.safetensors"\nn = 101\n',
@@ -127,6 +127,10 @@ def test_temperatures_and_seed_enter_the_key_and_their_writing_does_not(folder: 
         (
             METROPOLIS + '[[stages]]\nkernel = "mmff"\nfrom = "metropolis-10K"\n',
             ["gives chains and no geometry"],
+        ),
+        (
+            '[[stages]]\nkernel = "replica_exchange"\nfrom = "ground"\ntemperatures = 300\n',
+            ["temperatures = 300", "nothing to swap with"],
         ),
         (
             '[[stages]]\nkernel = "gaussian_chain"\nfrom = "ground"\nmax_energy = "2 Å"\n',

@@ -25,6 +25,7 @@ from orchestrator.compact import compact
 from orchestrator.errors import CorruptShardError, StoreError
 from orchestrator.schema import TABLES
 from orchestrator.store import Store
+from tests.orchestrator.chain_stores import Chains
 from tests.orchestrator.diffusion_stores import Study
 from tests.orchestrator.random_stores import (
     add_item,
@@ -400,6 +401,9 @@ def full_segments(store: Store) -> dict[str, Path]:
     study.points(study.diffuse(relaxed), [2.0, 1.0], minimum=relaxed)
     study.generation("sample 0")
     study.records.seal(store, "study")
+    chains = Chains(steps=20, burn_in=2)
+    chains.chain(chains.molecule("propane", "CCC"), temperature=300.0)
+    chains.records.seal(store, "chains")
     compact(store)
     return {s.table: store.path / s.file for s in store.snapshot().manifest.segments}
 
