@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.units import EV_TO_KCAL
 from orchestrator.alignment import superpose
 from orchestrator.bootstrap import Estimate, Statistic, estimate, mean
+from orchestrator.chain_statistics import UNSETTLED
 from orchestrator.errors import StoreError
 from orchestrator.ladders import (
     BOLTZMANN,
@@ -57,8 +57,8 @@ class Match:
     """A molecule in both ladders: whether it counts, and what it says about the map.
 
     ``discarded``: why it is in no fit (empty: it is). ``rmsd``: Å between the mean geometries of
-    the lowest n and of the lowest T; ``rest``: how far, in kcal/mol, the lowest energy at the
-    lowest n lies above the minimum. ``ns`` (R,) and ``temperatures`` (R,): at which temperature in
+    the lowest n and of the lowest T; ``rest``: how far, in kcal/mol, the mean energy at the lowest
+    n lies above the minimum. ``ns`` (R,) and ``temperatures`` (R,): at which temperature in
     K this molecule has the mean energy of each n, with the intercepts of both fits taken off;
     ``shared`` (R,): the same with the zero that both ladders share instead. ``mu`` and
     ``mu_error``: K per n², of this molecule alone.
@@ -177,7 +177,7 @@ def analyse(
     """Analyse the chains of a store.
 
     A molecule is discarded from a map where the mean geometries at the lowest n and the lowest T
-    differ by more than ``max_rmsd`` Å, or where the lowest energy at the lowest n lies more than
+    differ by more than ``max_rmsd`` Å, or where the mean energy at the lowest n lies more than
     ``max_rest`` kcal/mol above the minimum. ``order`` gives the campaign's stages, where they are
     known; else ladders go by kind and name.
 
@@ -189,15 +189,11 @@ def analyse(
             f"{store.path}: no chain has finished yet; a campaign has chains with a metropolis, "
             "replica_exchange or diffusion_chain stage"
         )
-    kinds = (*THERMAL, DIFFUSION)
     place = {_bare(name): at for at, name in reversed(list(enumerate(order)))}
     names = sorted(
         {name for subject in subjects for name in subject.ladders},
-        key=lambda name: (
-            kinds.index(name.kind), place.get(name.stage, len(place)), name.stage, name.level,
-            name.model, name.program,
-        ),
-    )  # fmt: skip
+        key=lambda name: (name.rank[0], place.get(name.stage, len(place)), name.rank),
+    )
     maps = []
     for name in names:
         thermal = _first_thermal(names, name) if name.kind == DIFFUSION and name.level else None
@@ -243,14 +239,14 @@ def _match(
     nan = float("nan")
     shapes = _mean_geometry(thermal), _mean_geometry(diffused)
     apart = rmsd(shapes[1], shapes[0]) if shapes[0] is not None and shapes[1] is not None else nan
-    name = diffused.name
-    rest = (diffused.zero_eV - subject.ground_eV.get((name.level, name.program), nan)) * EV_TO_KCAL
+    cold = next((rung for rung in diffused.rungs if rung.found.samples), None)
+    rest = cold.found.mean + cold.above if cold else nan
     ns, energies = diffused.column("value"), diffused.column("mean")
     slope = thermal.fit.slope if thermal.fit else nan
     fit = diffused.fit
     reason = ""
     if not np.isfinite(rest):
-        reason = "no diffusion chain with energies has finished"
+        reason = "there is no undiverged diffusion chain with energies"
     elif apart > max_rmsd:
         reason = f"the minima differ by {apart:.2f} Å, more than {max_rmsd:g} Å"
     elif rest > max_rest:
@@ -336,6 +332,8 @@ def matched(temperatures: Iterable[float], ns: Iterable[float]) -> list[tuple[fl
     """
     nan = float("nan")
     hot, steps = sorted(set(temperatures)), sorted(set(ns))
+    if not hot and not steps:
+        return []
     if not hot or not steps:
         wanted = [t for t, _ in MATCHED] if hot else [float(n) for _, n in MATCHED]
         rungs = hot or steps
@@ -376,7 +374,8 @@ class Level:
     energy above the molecule's minimum over (3N - 6)/2 k_B T, ``within`` the share of molecules
     where the two are within three standard errors, ``worst`` the largest distance in them, and
     ``capacity`` the heat capacity from the variance over (3N - 6)/2 k_B. ``time`` and ``effective``
-    are medians, ``r_hat`` is the largest; ``diverged`` counts chains.
+    are medians, ``r_hat`` is the largest; ``diverged`` counts chains, ``unsettled`` molecules whose
+    chains still drift or disagree.
     """
 
     value: float
@@ -393,6 +392,7 @@ class Level:
     time: float
     effective: float
     r_hat: float
+    unsettled: int
     acceptance: float
     swap_acceptance: float
 
@@ -453,6 +453,7 @@ def _level(value: float, rows: Sequence[tuple[Subject, Rung]], thermal: bool) ->
         time=_median(column(lambda s, r: r.time)),
         effective=_median(column(lambda s, r: r.found.effective)),
         r_hat=_largest(column(lambda s, r: r.r_hat)),
+        unsettled=int((column(lambda s, r: r.r_hat) > UNSETTLED).sum()),
         acceptance=_mean(column(lambda s, r: r.average("acceptance"))),
         swap_acceptance=_mean(column(lambda s, r: r.average("swap_acceptance"))),
     )

@@ -24,6 +24,7 @@ from orchestrator.boltzmann import (
     torsion_overlap,
 )
 from orchestrator.bootstrap import Estimate
+from orchestrator.chain_statistics import UNSETTLED
 from orchestrator.ladders import (
     GAUSSIAN,
     Chain,
@@ -96,14 +97,12 @@ def title(name: LadderName) -> str:
 
 def _thermal_table(rows: list[Level]) -> RenderableType:
     swaps = any(np.isfinite(row.swap_acceptance) for row in rows)
-    repeats = any(np.isfinite(row.r_hat) for row in rows)
     columns = [
         "T (K)", "molecules", "mean", "sd", "E / harmonic", "95 % CI", "in 3 SE", "C / harmonic",
         "acf time", "ESS", "accepted",
     ]  # fmt: skip
     columns += ["swaps"] if swaps else []
-    columns += ["R-hat"] if repeats else []
-    table = _table(*columns, words=0)
+    table = _table(*columns, "R-hat", words=0)
     for row in rows:
         cells = [
             f"{row.value:g}",
@@ -119,16 +118,13 @@ def _thermal_table(rows: list[Level]) -> RenderableType:
             _percent(row.acceptance),
         ]
         cells += [_percent(row.swap_acceptance)] if swaps else []
-        cells += [number(row.r_hat, 3)] if repeats else []
-        table.add_row(*cells)
+        table.add_row(*cells, number(row.r_hat, 3))
     return table
 
 
 def _diffusion_table(rows: list[Level], found: Map | None) -> RenderableType:
-    repeats = any(np.isfinite(row.r_hat) for row in rows)
     columns = ["n", "molecules", "mean", "sd", "T (K)", "95 % CI", "mu n² (K)", "acf time", "ESS"]
-    columns += ["R-hat"] if repeats else []
-    table = _table(*columns, "diverged", words=0)
+    table = _table(*columns, "R-hat", "diverged", words=0)
     temperatures = dict(zip(found.ns, found.temperatures, strict=True)) if found else {}
     nowhere = Estimate(np.nan, np.nan, np.nan)
     for row in rows:
@@ -144,7 +140,7 @@ def _diffusion_table(rows: list[Level], found: Map | None) -> RenderableType:
             number(row.time, 0),
             number(row.effective, 0),
         ]
-        cells += [number(row.r_hat, 3)] if repeats else []
+        cells.append(number(row.r_hat, 3))
         table.add_row(*cells, f"{row.diverged} of {row.chains}" if row.diverged else "")
     return table
 
@@ -185,9 +181,7 @@ def _molecules_table(found: Boltzmann, one: Map | None) -> RenderableType:
 
 
 def _matched_table(found: Boltzmann, one: Map) -> RenderableType:
-    table = _table(
-        "T (K)", "n", "molecules", "at T", "at n", "sd ratio", "dihedrals", words=0
-    )
+    table = _table("T (K)", "n", "molecules", "at T", "at n", "sd ratio", "dihedrals", words=0)
     for pair in matched_pairs(found, one.thermal, one.diffusion):
         rungs = _both(one, pair)
         means = np.array([[r.found.mean for r in both] for both in rungs]).reshape(-1, 2)
@@ -310,7 +304,8 @@ def tables(found: Boltzmann) -> list[RenderableType]:
         if name.thermal:
             parts += [
                 "",
-                f"{title(name)}; energies above the minimum in kcal/mol; harmonic: (3N-6)/2 kB T",
+                title(name),
+                "energies above the minimum in kcal/mol; harmonic: (3N-6)/2 kB T; times in steps",
                 _thermal_table(rows),
             ]
         else:
@@ -318,16 +313,16 @@ def tables(found: Boltzmann) -> list[RenderableType]:
             energies = "energies above the lowest at the lowest n in kcal/mol"
             if not name.level:
                 energies = "no energies yet: they take a single_points stage from it"
-            parts += ["", f"{title(name)}; {energies}", _diffusion_table(rows, one)]
+            parts += ["", title(name), energies, _diffusion_table(rows, one)]
     for one in found.maps or (None,):
-        heading = "every molecule: line in T"
-        if one:
-            heading += (
-                f", line in n² ({one.diffusion.stage}); mu: T = mu n²; rest: lowest energy at the "
-                "lowest n above the minimum"
-            )
         if found.thermal or one:
-            parts += ["", heading, _molecules_table(found, one)]
+            parts += ["", "every molecule: line in T" + (", line in n²" if one else "")]
+            if one:
+                parts.append(
+                    f"mu: T = mu n² ({one.diffusion.stage}); rest: mean energy at the lowest n "
+                    "above the minimum, kcal/mol"
+                )
+            parts.append(_molecules_table(found, one))
         if not one:
             continue
         for match in one.matches:
@@ -337,8 +332,7 @@ def tables(found: Boltzmann) -> list[RenderableType]:
         if one.kept and pairs:
             parts += [
                 "",
-                "matched pairs: mean energies above the shared minimum, kcal/mol; sd at n over that "
-                "at T;",
+                "matched pairs: mean energies above the shared minimum, kcal/mol; ratio of their sd;",
                 "dihedrals: common share of their distributions",
                 _matched_table(found, one),
             ]
@@ -355,6 +349,7 @@ def tables(found: Boltzmann) -> list[RenderableType]:
         parts += ["", "Gaussian moves that are all accepted; kcal/mol", _gaussian_table(found)]
     lines = [map_line(one) for one in found.maps]
     lines.append(check_line(found))
+    lines += [settled_line(found, name) for name in found.ladders]
     return [*parts, "", *filter(None, lines)]
 
 
@@ -387,9 +382,20 @@ def check_line(found: Boltzmann) -> str:
     within = round(sum(row.within * row.molecules for row in cold if np.isfinite(row.within)))
     off = 100 * (float(np.mean([row.ratio.value for row in cold])) - 1.0)
     return (
-        f"below {HARMONIC_BELOW:g} K the mean energy is within three standard errors of "
-        f"(3N-6)/2 kB T in {within} of {chains} cases, and {off:+.1f} % off on average "
-        f"({name.stage})"
+        f"below {HARMONIC_BELOW:g} K: mean energy within 3 standard errors of (3N-6)/2 kB T in "
+        f"{within} of {chains} cases, {off:+.1f} % on average ({name.stage})"
+    )
+
+
+def settled_line(found: Boltzmann, name: LadderName) -> str:
+    """Return in one line that chains of a ladder drift or disagree; empty where they do not."""
+    rows = levels(found, name)
+    unsettled = sum(row.unsettled for row in rows)
+    if not unsettled:
+        return ""
+    return (
+        f"{name.stage}: {unsettled} of {sum(row.molecules for row in rows)} cases have not settled "
+        f"(R-hat of repeats, or of a chain's halves, above {UNSETTLED:g})"
     )
 
 
@@ -426,7 +432,15 @@ def values(found: Boltzmann) -> dict[str, Any]:
                 "mu": MU,
                 "matched": [{"temperature_K": t, "n": n} for t, n in MATCHED],
             },
-            "lines": [*map(map_line, found.maps), check_line(found)],
+            "lines": [
+                line
+                for line in (
+                    *map(map_line, found.maps),
+                    check_line(found),
+                    *(settled_line(found, name) for name in found.ladders),
+                )
+                if line
+            ],
         }
     )
     return plain

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+# R-hat above which chains still drift or disagree; for precise numbers it should be below 1.01.
+UNSETTLED: Final = 1.1
+
 _NAN: Final = float("nan")
 # Fewer draws of a chain have no autocorrelation to speak of.
 _FEWEST: Final = 4
@@ -56,12 +59,16 @@ def effective_samples(chains: Floats) -> float:
 
 
 def r_hat(chains: Floats) -> float:
-    """Return the rank-normalised split R-hat of chains (C, S); NaN for less than two of them.
+    """Return the rank-normalised split R-hat of chains (C, S), of one chain that of its halves.
 
-    1 where the chains agree; above 1.01 they have not sampled the same distribution well.
+    1 where they agree; above `UNSETTLED` they have not sampled the same distribution. NaN for
+    chains that never move or are shorter than eight samples.
     """
-    if len(chains) < 2 or chains.shape[-1] < _FEWEST or _still(chains):
+    if chains.shape[-1] < 2 * _FEWEST or _still(chains):
         return _NAN
+    if len(chains) == 1:
+        half = chains.shape[-1] // 2
+        chains = np.stack([chains[0, :half], chains[0, -half:]])
     return float(_arviz().rhat(chains, chain_axis=0, draw_axis=1, method="rank"))
 
 

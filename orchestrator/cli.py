@@ -689,7 +689,7 @@ def boltzmann(
         typer.Option(
             min=0.0,
             metavar="KCAL/MOL",
-            help="Discard one where the lowest n stays higher above the minimum (5).",
+            help="Discard one whose mean energy at the lowest n is higher above the minimum (5).",
         ),
     ] = None,
     per_chain: Annotated[

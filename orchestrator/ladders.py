@@ -78,6 +78,12 @@ class LadderName:
         """Whether its chains have temperatures and sample the Boltzmann distribution."""
         return self.kind in THERMAL
 
+    @property
+    def rank(self) -> tuple[int, str, str, str, str]:
+        """Where it comes among others: by kind, then by name."""
+        kinds = (*THERMAL, DIFFUSION, GAUSSIAN)
+        return kinds.index(self.kind), self.stage, self.level, self.model, self.program
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chain:
@@ -125,7 +131,8 @@ class Rung:
 
     ``samples`` (S,) are all their energies after the burn-in, in kcal/mol above the ladder's zero,
     and ``above`` is what is to be added to them to have energies above the molecule's minimum.
-    ``time`` is the autocorrelation time of the energy in steps; ``r_hat`` is NaN without repeats.
+    ``time`` is the autocorrelation time of the energy in steps; ``r_hat`` compares
+    repeats, or the halves of a single chain.
     ``effective`` samples per energy evaluation after the burn-in: of the energy, and of the
     dihedral that is slowest (NaN: there is none).
     """
@@ -475,7 +482,7 @@ def _subjects(tables: _Tables) -> list[Subject]:
                     name: _ladder(
                         name, chains, ground.get((name.level, name.program), float("nan"))
                     )
-                    for name, chains in draft.chains.items()
+                    for name, chains in sorted(draft.chains.items(), key=lambda x: x[0].rank)
                 },
                 gaussian=tuple(draft.gaussian),
             )

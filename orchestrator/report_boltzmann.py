@@ -20,7 +20,12 @@ from orchestrator.boltzmann import (
     deviations,
     levels,
 )
-from orchestrator.boltzmann_tables import matched_pairs, overlaps, torsion_deviation
+from orchestrator.boltzmann_tables import (
+    matched_pairs,
+    overlaps,
+    settled_line,
+    torsion_deviation,
+)
 from orchestrator.bootstrap import Estimate
 from orchestrator.drawing import (
     COLOURS,
@@ -84,17 +89,17 @@ def _within(found: Estimate, digits: int) -> str:
 
 
 def sentences(found: Boltzmann | None) -> list[str]:
-    """Return what to say at the top of the report about chains, at most three sentences."""
+    """Return what to say at the top of the report about chains, four sentences at most."""
     if found is None:
         return []
     said = [_map_sentence(one) for one in found.maps[:1]]
-    said += [_check_sentence(found), _pace_sentence(found)]
+    said += [_check_sentence(found), *_pace_sentences(found)]
     if not any(said):
-        chains = sum(
-            len(r.chains) for s in found.subjects for x in s.ladders.values() for r in x.rungs
-        )
+        ladders = [ladder for subject in found.subjects for ladder in subject.ladders.values()]
+        chains = sum(len(rung.chains) for ladder in ladders for rung in ladder.rungs)
+        chains += sum(len(subject.gaussian) for subject in found.subjects)
         said = [
-            f"There are {plural(chains, 'chain')} of {plural(len(found.subjects), 'molecule')}."
+            f"The store has {plural(chains, 'chain')} of {plural(len(found.subjects), 'molecule')}."
         ]
     return [sentence for sentence in said if sentence]
 
@@ -164,19 +169,23 @@ def _check_sentence(found: Boltzmann) -> str:
     return f"{said}."
 
 
-def _pace_sentence(found: Boltzmann) -> str:
+def _pace_sentences(found: Boltzmann) -> list[str]:
     words = {GUIDED: "Diffusion moves inside Metropolis give", EXCHANGE: "Replica exchange gives"}
-    pace = next((p for p in found.paces if p.name.kind in words), None)
-    if pace is None:
-        return ""
-    details = ", ".join(filter(None, [_within(pace.energy, 2), plural(pace.molecules, "molecule")]))
-    torsion = ""
-    if np.isfinite(pace.torsion.value):
-        torsion = f", and {number(pace.torsion.value, 2)} times for the slowest dihedral"
-    return (
-        f"{words[pace.name.kind]} {number(pace.energy.value, 2)} times the effective samples per "
-        f"energy evaluation of plain Metropolis for the energy ({details}){torsion}."
-    )
+    said = []
+    for kind, begin in words.items():
+        pace = next((p for p in found.paces if p.name.kind == kind), None)
+        if pace is None:
+            continue
+        molecules = plural(pace.molecules, "molecule")
+        details = ", ".join(filter(None, [_within(pace.energy, 2), molecules]))
+        torsion = ""
+        if np.isfinite(pace.torsion.value):
+            torsion = f", and {number(pace.torsion.value, 2)} times for the slowest dihedral"
+        said.append(
+            f"{begin} {number(pace.energy.value, 2)} times the effective samples per energy "
+            f"evaluation of plain Metropolis for the energy ({details}){torsion}."
+        )
+    return said
 
 
 # --- figures ----------------------------------------------------------------------------------
@@ -184,8 +193,12 @@ def _pace_sentence(found: Boltzmann) -> str:
 
 def _shown(found: Boltzmann) -> list[Subject]:
     """Return the molecules in the order to draw them: those that count first."""
-    out = {m.subject for one in found.maps[:1] for m in one.matches if m.discarded}
+    out = _discarded(found)
     return [s for s in found.subjects if s not in out] + [s for s in found.subjects if s in out]
+
+
+def _discarded(found: Boltzmann) -> set[Subject]:
+    return {m.subject for one in found.maps[:1] for m in one.matches if m.discarded}
 
 
 def _short(name: str, length: int = 22) -> str:
@@ -236,7 +249,7 @@ def violin_figure(found: Boltzmann) -> Picture | None:
         return None
     drawn = subjects[:_PANELS]
     figure, panels = _grid(9.4, 2.35 if len(drawn) > 2 else 2.9, len(drawn), _ACROSS)
-    out = {m.subject for one in found.maps[:1] for m in one.matches if m.discarded}
+    out = _discarded(found)
     both = all(np.isfinite(pair).all() for pair in pairs)
     for place, (axes, subject) in enumerate(zip(panels, drawn, strict=True)):
         for at, pair in enumerate(pairs):
@@ -298,7 +311,7 @@ def ladder_figure(found: Boltzmann) -> Picture | None:
     figure, panels = new_panels(9.4, 3.2, max(len(wanted), 2))
     for axes in panels[len(wanted) :]:
         axes.set_visible(False)
-    out = {m.subject for one in found.maps[:1] for m in one.matches if m.discarded}
+    out = _discarded(found)
     most = 0
     for axes, (name, label) in zip(panels, wanted, strict=False):
         rows = [(s, x) for s, x in found.of(name) if s not in out] or found.of(name)
@@ -578,9 +591,10 @@ def dihedral_figure(found: Boltzmann) -> Picture | None:
     if not wide:
         return None
     # One of each molecule first, so that not a single one fills the figure.
-    wide.sort(key=lambda row: -row[0])
+    out = _discarded(found)
+    wide.sort(key=lambda row: (row[1] in out, -row[0]))
     firsts = {row[1]: row for row in reversed(wide)}
-    ranked = sorted(wide, key=lambda row: (firsts[row[1]] is not row, -row[0]))
+    ranked = sorted(wide, key=lambda row: firsts[row[1]] is not row)
     drawn = ranked[:_DIHEDRALS]
     figure, panels = _grid(9.4, 2.1, len(drawn), 3)
     for place, (axes, (_, subject, at)) in enumerate(zip(panels, drawn, strict=True)):
@@ -678,7 +692,7 @@ MOLECULE_COLUMNS: Final = (
 )  # fmt: skip
 STEP_COLUMNS: Final = (
     "n", "molecules", "mean energy, kcal/mol", "sd", "T, K (95\u00a0%\u00a0CI)", "μ n², K",
-    "autocorrelation time, steps", "diverged",
+    "autocorrelation time, steps", "R-hat", "diverged",
 )  # fmt: skip
 TEMPERATURE_COLUMNS: Final = (
     "T, K", "molecules", "mean energy, kcal/mol", "sd", "/ harmonic (95\u00a0%\u00a0CI)",
@@ -739,6 +753,7 @@ def _step_row(row: Level, one: Map | None) -> list[str]:
         _estimate(temperature, 1) if temperature else "",
         _cell(one.temperature(row.value).value, 1) if one else "",
         _cell(row.time, 0),
+        _cell(row.r_hat, 2),
         f"{count(row.diverged)} of {count(row.chains)}" if row.diverged else "",
     ]
 
@@ -754,7 +769,7 @@ def _temperature_row(row: Level) -> list[str]:
         _cell(row.time, 0),
         _cell(row.effective, 0),
         _percent(row.acceptance),
-        _cell(row.r_hat, 3),
+        _cell(row.r_hat, 2),
     ]
 
 
@@ -826,8 +841,8 @@ def _note(found: Boltzmann) -> str:
         )
     for one in found.maps[:1]:
         parts.append(
-            "Rest is how far the lowest energy at the lowest n lies above the minimum, RMSD that "
-            "of the mean geometries at the lowest n and the lowest T; a molecule counts where they "
+            "Rest is how far the mean energy at the lowest n lies above the minimum, RMSD that of "
+            "the mean geometries at the lowest n and the lowest T; a molecule counts where they "
             f"are at most {found.max_rest:g} kcal/mol and {found.max_rmsd:g} Å."
         )
         shared = one.mu_shared
@@ -841,4 +856,7 @@ def _note(found: Boltzmann) -> str:
         out = [f"{m.subject.name}: {m.discarded}" for m in one.matches if m.discarded]
         if out:
             parts.append(f"Discarded: {'; '.join(out)}.")
+    unsettled = [line for line in (settled_line(found, n) for n in found.ladders) if line]
+    if unsettled:
+        parts.append(f"Not settled: {'; '.join(unsettled)}.")
     return " ".join(parts)
