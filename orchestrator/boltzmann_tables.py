@@ -332,7 +332,7 @@ def tables(found: Boltzmann) -> list[RenderableType]:
         if one.kept and pairs:
             parts += [
                 "",
-                "matched pairs: mean energies above the shared minimum, kcal/mol; ratio of their sd;",
+                "matched pairs: mean energies above the shared minimum, kcal/mol; ratio of sd;",
                 "dihedrals: common share of their distributions",
                 _matched_table(found, one),
             ]
@@ -395,7 +395,7 @@ def settled_line(found: Boltzmann, name: LadderName) -> str:
         return ""
     return (
         f"{name.stage}: {unsettled} of {sum(row.molecules for row in rows)} cases have not settled "
-        f"(R-hat of repeats, or of a chain's halves, above {UNSETTLED:g})"
+        f"(R-hat above {UNSETTLED:g})"
     )
 
 

@@ -67,6 +67,8 @@ _LINES: Final = 4
 _DIHEDRALS: Final = 6
 _SAMPLES: Final = 1500
 _POINTS: Final = 800
+# Panels share an axis of energies where the highest are within this factor.
+_ALIKE: Final = 3.0
 _AT_T, _AT_N = COLOURS[0], COLOURS[1]
 _ANGLES: Final = np.linspace(-180.0, 180.0, 73)
 
@@ -106,10 +108,11 @@ def sentences(found: Boltzmann | None) -> list[str]:
 
 def _map_sentence(one: Map) -> str:
     if not one.kept or not np.isfinite(one.mu.value):
-        reasons = "; ".join(f"{m.subject.name}: {m.discarded}" for m in one.matches[:2])
+        out = [f"{m.subject.name}: {m.discarded}" for m in one.matches if m.discarded]
+        example = f", as {out[0]}" if out else ""
         return (
-            f"No molecule says which temperature a diffusion step of {one.diffusion.model} stands "
-            f"for ({reasons})."
+            f"No diffusion step of {one.diffusion.model} can be given a temperature: "
+            f"{plural(len(out), 'molecule')} of {count(len(one.matches))} discarded{example}."
         )
     left = len(one.matches) - len(one.kept)
     details = ", ".join(
@@ -158,7 +161,7 @@ def _check_sentence(found: Boltzmann) -> str:
     ladders = [(s, ladder.fit) for s, ladder in found.of(name) if ladder.fit]
     said = (
         f"Below {HARMONIC_BELOW:g} K the mean energy of {count(near)} of {plural(cases, 'chain')} "
-        f"is within three standard errors of (3N − 6)/2 k_B T, {where}"
+        f"is within three standard errors of (3N − 6)/2 k_B T, {where}"
     )
     if ladders:
         slope = np.median([fit.slope / s.harmonic for s, fit in ladders])
@@ -308,7 +311,12 @@ def ladder_figure(found: Boltzmann) -> Picture | None:
     ]
     if not wanted:
         return None
-    figure, panels = new_panels(9.4, 3.2, max(len(wanted), 2))
+    tops = [
+        max(r.found.mean for _, x in found.of(name) for r in x.rungs if r.found.samples)
+        for name, _ in wanted
+    ]
+    share = max(tops) < _ALIKE * min(tops)
+    figure, panels = new_panels(9.4, 3.2, max(len(wanted), 2), share=share)
     for axes in panels[len(wanted) :]:
         axes.set_visible(False)
     out = _discarded(found)
@@ -338,8 +346,9 @@ def ladder_figure(found: Boltzmann) -> Picture | None:
             _draw_fit(axes, [ladder for _, ladder in rows], x, name.thermal, INK)
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-    panels[0].set_ylim(bottom=min(0.0, panels[0].get_ylim()[0]))
-    panels[0].set_ylabel("energy (kcal/mol)")
+    for axes in panels[: 1 if share else None]:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_ylabel("energy (kcal/mol)")
     panels[0].legend(frameon=False, fontsize=8.5, loc="upper left")
     caption = (
         f"Mean energy above the shared minimum (line) and one standard deviation (shade) of "
@@ -445,15 +454,19 @@ def _over_molecules(
     found: Boltzmann,
     name: LadderName,
     rows: Sequence[Level],
-    pick: Callable[[Subject, Rung], float],
+    pick: Callable[[Subject, Rung], tuple[float, float]],
     pooled: Callable[[Level], Estimate],
 ) -> None:
-    """Draw a number of every molecule as dots, and the mean with its interval as a line."""
-    for subject, ladder in found.of(name):
+    """Draw every molecule's number and standard error, and the mean with its interval as a line."""
+    ladders = found.of(name)
+    for at, (subject, ladder) in enumerate(ladders):
         some = [r for r in ladder.rungs if r.found.samples]
-        axes.plot(
-            [r.value for r in some], [pick(subject, r) for r in some], ".", color=FAINT,
-            markersize=4, alpha=0.6,
+        # Beside each other, so that error bars can be told apart.
+        aside = 1.0 + 0.06 * ((at + 0.5) / len(ladders) - 0.5)
+        values = np.array([pick(subject, r) for r in some]).reshape(-1, 2)
+        axes.errorbar(
+            [aside * r.value for r in some], values[:, 0], np.nan_to_num(values[:, 1]), fmt=".",
+            color=FAINT, markersize=4, alpha=0.6, elinewidth=0.8,
         )  # fmt: skip
     x = np.array([row.value for row in rows])
     means = [pooled(row) for row in rows]
@@ -469,6 +482,13 @@ def _over_molecules(
     axes.set_ylim(max(min(low, 0.9), -1.0), min(max(high, 1.1), 4.0))
 
 
+def _capacity(subject: Subject, rung: Rung) -> tuple[float, float]:
+    """Return the heat capacity over the harmonic one, and its standard error."""
+    value = capacity(subject, rung)
+    known = rung.found.variance > 0
+    return value, value * rung.found.variance_error / rung.found.variance if known else np.nan
+
+
 def harmonic_figures(found: Boltzmann) -> list[Picture]:
     """Draw energy and heat capacity over those of harmonic vibrations, against temperature."""
     name = found.thermal
@@ -476,23 +496,22 @@ def harmonic_figures(found: Boltzmann) -> list[Picture]:
     if name is None or not rows:
         return []
     figure, axes = new_figure(4.6, 3.0)
-    _over_molecules(
-        axes, found, name, rows, lambda s, r: deviations(s, r)[0], lambda row: row.ratio
-    )
+    _over_molecules(axes, found, name, rows, deviations, lambda row: row.ratio)
     axes.set_ylabel("mean energy / ((3N − 6)/2 k$_B$T)")
     known = " with its 95 % interval" if rows[0].ratio.known else ""
     energy = Picture(
         svg(figure),
         f"Mean energy above the minimum that chains started from ({name.stage}) over that of "
-        f"harmonic vibrations: molecules (grey) and their mean{known}. Near a minimum it is 1.",
+        f"harmonic vibrations: molecules (grey, with standard errors) and their mean{known}. Near "
+        "a minimum it is 1.",
         "Mean energy over that of harmonic vibrations",
     )
     figure, axes = new_figure(4.6, 3.0)
-    _over_molecules(axes, found, name, rows, capacity, lambda row: row.capacity)
+    _over_molecules(axes, found, name, rows, _capacity, lambda row: row.capacity)
     slopes = [ladder.fit.slope / s.harmonic for s, ladder in found.of(name) if ladder.fit]
     caption = (
-        "Heat capacity from the variance of the energy, over (3N − 6)/2 k_B: molecules (grey) and "
-        "their mean."
+        "Heat capacity from the variance of the energy, over (3N − 6)/2 k_B: molecules (grey, "
+        "with standard errors) and their mean."
     )
     if slopes:
         slope = float(np.mean(slopes))
@@ -692,11 +711,11 @@ MOLECULE_COLUMNS: Final = (
 )  # fmt: skip
 STEP_COLUMNS: Final = (
     "n", "molecules", "mean energy, kcal/mol", "sd", "T, K (95\u00a0%\u00a0CI)", "μ n², K",
-    "autocorrelation time, steps", "R-hat", "diverged",
+    "autocorrelation time, steps", "R‑hat", "diverged",
 )  # fmt: skip
 TEMPERATURE_COLUMNS: Final = (
     "T, K", "molecules", "mean energy, kcal/mol", "sd", "/ harmonic (95\u00a0%\u00a0CI)",
-    "within 3 SE", "autocorrelation time, steps", "effective samples", "accepted", "R-hat",
+    "within 3 SE", "autocorrelation time, steps", "effective samples", "accepted", "R‑hat",
 )  # fmt: skip
 WORDS: Final = ("molecule", "counts")
 
@@ -830,7 +849,7 @@ def _note(found: Boltzmann) -> str:
         parts.append(
             f"Chains at temperatures: stage {name.stage} ({name.level}, {name.program}); energies "
             "over harmonic are means above the minimum that chains started from, over (3N − 6)/2 "
-            "k_B T; standard errors are from autocorrelation times."
+            "k_B T; standard errors are from autocorrelation times."
         )
     if found.diffusion:
         level = found.diffusion.level
@@ -858,5 +877,8 @@ def _note(found: Boltzmann) -> str:
             parts.append(f"Discarded: {'; '.join(out)}.")
     unsettled = [line for line in (settled_line(found, n) for n in found.ladders) if line]
     if unsettled:
-        parts.append(f"Not settled: {'; '.join(unsettled)}.")
+        parts.append(
+            "R‑hat compares repeats, or the halves of a single chain: "
+            f"{'; '.join(unsettled).replace('R-hat', 'R‑hat')}."
+        )
     return " ".join(parts)

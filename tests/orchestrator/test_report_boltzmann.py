@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.drawing import style
 from orchestrator.report import findings, write_report
+from orchestrator.report_boltzmann import gather, section, sentences
 from orchestrator.store import Store
 from tests.orchestrator.chain_stores import Chains, published_study
 from tests.orchestrator.test_report import Page
@@ -46,11 +48,11 @@ def test_the_page_has_the_study(tmp_path: Path) -> None:
     said = " ".join(findings(store))
     assert "Repeating diffusion step n of qm9-edm samples energies like T = 0.3" in said
     assert "5 molecules, 1 discarded, the published pairs give 0.33" in said
-    assert "of 12 chains is within three standard errors of (3N − 6)/2 k_B T" in said
+    assert "of 12 chains is within three standard errors of (3N − 6)/2 k_B\u00a0T" in said
 
 
 @pytest.mark.parametrize("kind", ["metropolis", "diffusion", "replica exchange", "gaussian"])
-def test_a_single_chain_makes_a_page(tmp_path: Path, kind: str) -> None:
+def test_a_single_chain_has_its_figures(tmp_path: Path, kind: str) -> None:
     study = Chains(steps=300, burn_in=30)
     parent = study.molecule("ethanol")
     if kind == "gaussian":
@@ -59,14 +61,16 @@ def test_a_single_chain_makes_a_page(tmp_path: Path, kind: str) -> None:
         study.chain(parent, kind=kind, n=20)
     else:
         study.chain(parent, kind=kind, temperature=100.0)
-    page = page_of(study.store(tmp_path / "store"), tmp_path)
-    assert "What chains sampled" in page.headings
-    pictures = page.pictures()
+    found = gather(study.store(tmp_path / "store"))
+    with style():
+        shown = section(found)
+    assert shown["title"] == "What chains sampled"
+    pictures = {picture.alt for picture in [*shown["wide"], *shown["pairs"]]}
     assert (VIOLINS in pictures) == (kind != "gaussian")
     assert (HARMONIC in pictures) == (kind in ("metropolis", "replica exchange"))
     assert (GAUSSIAN in pictures) == (kind == "gaussian")
     assert MAP not in pictures
-    assert "1 chain of 1 molecule" in page.text
+    assert sentences(found) == ["The store has 1 chain of 1 molecule."]
 
 
 def test_chains_without_frames_energies_or_moves(tmp_path: Path) -> None:
