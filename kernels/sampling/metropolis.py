@@ -379,6 +379,11 @@ def _step(
         )
 
 
+def gain(number: int) -> float:
+    """Return how far the tuning step of this number, from 1, may move the step size."""
+    return float(number**-_GAIN_EXPONENT)
+
+
 def tuned_step_size(step_size: float, acceptance: float, *, gain: float) -> float:
     """Return a step size in Å nearer to the one whose moves are accepted with probability 0.234.
 

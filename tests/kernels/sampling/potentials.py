@@ -55,7 +55,7 @@ def double_well_energy(x: Any, barrier: float = 0.06, tilt: float = 0.02) -> Any
 def double_well(**more: Any) -> Any:
     """Return a calculator for one atom in a double well along x, bound along y and z."""
     return Potential(
-        lambda p: float(double_well_energy(p[0, 0]) + 2.5 * (p[0, 1] ** 2 + p[0, 2] ** 2)), **more
+        lambda p: float(double_well_energy(p[0, 0]) + 0.3 * (p[0, 1] ** 2 + p[0, 2] ** 2)), **more
     )
 
 

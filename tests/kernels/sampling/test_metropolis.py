@@ -62,38 +62,32 @@ def same(first: ChainState, second: ChainState) -> bool:
     )
 
 
-def test_springs_have_the_energy_variance_and_heat_capacity_of_equipartition() -> None:
+def test_springs_have_the_energy_heat_capacity_and_spreads_of_equipartition() -> None:
     sites, springs = harmonic()
     temperatures = (150.0, 300.0)
     means = []
     for seed, temperature in enumerate(temperatures):
-        settings = ChainSettings(temperature, 25_000, 1_000, tune=True)
-        energies = kept(run(HYDROGENS[2], sites, springs, settings, seed))
+        settings = ChainSettings(temperature, 16_000, 1_000, save_every=1, tune=True)
+        state = run(HYDROGENS[2], sites, springs, settings, seed)
         thermal = BOLTZMANN_EV_PER_K * temperature
-        mean, error = mean_and_error(energies / thermal)
-        assert error < 0.1
+        mean, error = mean_and_error(kept(state) / thermal)
+        assert error < 0.12
         assert abs(mean - 6 / 2) < STANDARD_ERRORS * error
         # The variance of the energy is k_B T² times the heat capacity, here 6/2 k_B.
-        capacity, error = mean_and_error((energies / thermal - 6 / 2) ** 2)
-        assert error < 0.3
+        capacity, error = mean_and_error((kept(state) / thermal - 6 / 2) ** 2)
+        assert error < 0.35
         assert abs(capacity - 6 / 2) < STANDARD_ERRORS * error
-        means.append(mean_and_error(energies))
+        means.append(mean_and_error(kept(state)))
+        exact = thermal / (5.0 * np.linspace(1.0, 4.0, 6).reshape(2, 3))
+        moved = state.frames[1_001:].astype(np.float64) - sites
+        squared, error = mean_and_error(moved**2 / exact)
+        assert (np.abs(squared - 1) < STANDARD_ERRORS * error).all()
+        assert (error < 0.15).all()
     (cold, cold_error), (hot, hot_error) = means
     per_kelvin = (temperatures[1] - temperatures[0]) * BOLTZMANN_EV_PER_K
     error = np.hypot(cold_error, hot_error) / per_kelvin
-    assert error < 0.2
+    assert error < 0.3
     assert abs((hot - cold) / per_kelvin - 6 / 2) < STANDARD_ERRORS * error
-
-
-def test_every_coordinate_has_its_own_spread() -> None:
-    sites, springs = harmonic()
-    settings = ChainSettings(300.0, 25_000, 1_000, save_every=1, tune=True)
-    frames = run(HYDROGENS[2], sites, springs, settings).frames[1_000:].astype(np.float64)
-    thermal = BOLTZMANN_EV_PER_K * 300.0
-    exact = thermal / (5.0 * np.linspace(1.0, 4.0, 6).reshape(2, 3))
-    squared, error = mean_and_error((frames - sites) ** 2 / exact)
-    assert (np.abs(squared - 1) < STANDARD_ERRORS * error).all()
-    assert (error < 0.15).all()
 
 
 def test_a_molecule_free_to_drift_and_turn_has_the_energy_of_its_vibrations_alone() -> None:
@@ -105,7 +99,7 @@ def test_a_molecule_free_to_drift_and_turn_has_the_energy_of_its_vibrations_alon
 
     rest = lengths(corners)
     bonds = Potential(lambda x: float(5.0 * ((lengths(x) - rest) ** 2).sum()))
-    settings = ChainSettings(50.0, 25_000, 1_000, tune=True)
+    settings = ChainSettings(50.0, 16_000, 1_000, tune=True)
     state = run(HYDROGENS[4], corners, bonds, settings)
     assert np.linalg.norm(state.positions.mean(axis=0)) > 0.05
     mean, error = mean_and_error(kept(state) / (BOLTZMANN_EV_PER_K * 50.0))
@@ -115,7 +109,7 @@ def test_a_molecule_free_to_drift_and_turn_has_the_energy_of_its_vibrations_alon
 
 def test_a_double_well_is_visited_as_boltzmann_says_and_every_flow_has_its_counterflow() -> None:
     temperature = 400.0
-    settings = ChainSettings(temperature, 40_000, 500, save_every=1, step_size=0.25)
+    settings = ChainSettings(temperature, 25_000, 500, save_every=1, step_size=0.35)
     well = run(HYDROGENS[1], np.array([[-0.5, 0.0, 0.0]]), double_well(), settings)
     x = well.frames[500:, 0, 0].astype(np.float64)
     edges = np.array([-1.5, -0.55, -0.35, 0.0, 0.35, 0.55, 1.5])
@@ -128,7 +122,7 @@ def test_a_double_well_is_visited_as_boltzmann_says_and_every_flow_has_its_count
     np.add.at(flows, (places[:-1], places[1:]), 1)
     # Also between places that are not neighbours, where the wells are jumped into.
     assert flows[0, 2] > 100
-    assert flows[1, 4] > 50
+    assert flows[1, 3] > 50
     difference = np.abs(flows - flows.T) / np.sqrt(np.maximum(flows + flows.T, 1))
     assert difference.max() < STANDARD_ERRORS
 
@@ -159,7 +153,7 @@ def test_a_one_sided_proposal_samples_the_same_distribution_once_its_ratio_is_co
     thermal = BOLTZMANN_EV_PER_K * 300.0
     found = {}
     for corrected in (True, False):
-        settings = ChainSettings(300.0, 20_000, 500, step_size=0.04)
+        settings = ChainSettings(300.0, 12_000, 500, step_size=0.04)
         proposal = Shrinking(sites, corrected=corrected)
         state = run(HYDROGENS[2], sites, springs, settings, proposal=proposal)
         found[corrected] = mean_and_error(kept(state) / thermal)
@@ -247,10 +241,10 @@ def test_cold_water_has_half_a_thermal_energy_in_each_of_three_vibrations(
 ) -> None:
     require_engine("tblite")
     numbers, positions = water()
-    settings = ChainSettings(30.0, 5_000, 500, tune=True)
+    settings = ChainSettings(30.0, 4_000, 500, tune=True)
     state = run(numbers, positions, make_calculator("GFN2-xTB"), settings)
     mean, error = mean_and_error((kept(state) - state.energies[0]) / (BOLTZMANN_EV_PER_K * 30.0))
-    assert error < 0.15
+    assert error < 0.2
     assert abs(mean - 3 / 2) < STANDARD_ERRORS * error
 
 
