@@ -37,7 +37,7 @@ _COST = {
     "metropolis": (2.0, 0.004),
     "gaussian_chain": (2.0, 0.004),
     "replica_exchange": (2.0, 0.004),
-    "diffusion_chain": (2.0, 0.005),
+    "diffusion_chain": (2.0, 0.0015),
     "rehearse": (0.0, 0.001),
 }
 
