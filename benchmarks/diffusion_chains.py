@@ -5,18 +5,22 @@ time with the same code; and one at a time the published way, padded to 29 atoms
 Basin's qm9-edm (64 wide, 5 layers) and smaller ones with random weights, which cost what trained
 ones cost. CPU time of all threads; the steps of the last two are few and scaled up.
 
-`effective`: effective samples of the energy for a thousand GFN2-xTB evaluations after burn-in, of
-chains with Gaussian moves and with moves of the model, on small flexible molecules of QM9.
+`effective`: how many GFN2-xTB evaluations an independent sample of the energy takes, with Gaussian
+moves and with moves of the model, on flexible molecules of QM9. Plain chains decorrelate over
+thousands of evaluations, which short runs cannot see; so one move of each kind is tried from each
+of some geometries at equilibrium, and tells how fast every normal mode decorrelates. The samples
+of the energy, which is the sum of the modes', follow: its autocorrelation time is the mean over the
+modes of 2 sigma_i² / <a dq_i²>, with the chance of acceptance a and the harmonic spread sigma_i.
 
-    python -m benchmarks.diffusion_chains speed [--threads 1] [--steps 40] [--molecules 10]
-    python -m benchmarks.diffusion_chains effective [--steps 4000] [--molecules 4]
+    python -m benchmarks.diffusion_chains speed [--threads 1] [--steps 64] [--molecules 10]
+    python -m benchmarks.diffusion_chains effective [--steps 1600] [--molecules 4]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,17 +30,24 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import data_folder, table
 from benchmarks.published_edm import PublishedEdm
-from kernels.calculators import make_calculator
+from kernels.calculators import evaluate, make_calculator
 from kernels.connectivity import bonds
 from kernels.diffusion.chains import ChainStart, diffusion_chains
 from kernels.diffusion.checkpoint import Model, load
 from kernels.diffusion.egnn import build, features
 from kernels.diffusion.noise import centred_normal
 from kernels.diffusion.published import renamed
+from kernels.errors import KernelError
 from kernels.relaxation import RelaxSettings, relax
 from kernels.sampling import metropolis
 from kernels.sampling.diffusion_proposal import DiffusionProposal
-from kernels.sampling.metropolis import ChainSettings, published_step_size
+from kernels.sampling.metropolis import (
+    ChainSettings,
+    GaussianProposal,
+    Proposal,
+    published_step_size,
+)
+from kernels.units import BOLTZMANN_EV_PER_K
 
 LARGEST = 29
 LEVELS = (1, 2, 4, 6, 8, 11, 14, 17, 20, 24, 27, 30, 35, 40)
@@ -129,8 +140,8 @@ def speed(steps: int, molecules: int) -> None:
                 published_way(literal, model, start, steps)
 
         diffusion_chains(model, starts, steps=2)
-        # The best of three turns, one way after the other.
-        turns = [[cpu_seconds(way) for way in (together, alone, published)] for _ in range(3)]
+        # The better of two turns, one way after the other.
+        turns = [[cpu_seconds(way) for way in (together, alone, published)] for _ in range(2)]
         batched, single, usual = np.min(turns, axis=0)
         rates = [
             len(starts) * steps / batched, len(sample) * steps / single, len(sample) * steps / usual
@@ -151,80 +162,113 @@ def speed(steps: int, molecules: int) -> None:
     )
 
 
-def effective_samples(energies: NDArray[np.float64]) -> float:
-    """Number of independent samples that a series is worth (Sokal's window of 6 times)."""
-    series = energies - energies.mean()
-    if not series.any():
-        return 0.0
-    spectrum = np.abs(np.fft.rfft(series, 2 * len(series))) ** 2
-    correlation = np.fft.irfft(spectrum)[: len(series)]
-    times = 1 + 2 * np.cumsum(correlation[1:] / correlation[0])
-    window = next((at for at in range(len(times)) if at + 1 >= 6 * times[at]), len(times) - 1)
-    return len(series) / max(float(times[window]), 1.0)
+def harmonic_modes(
+    numbers: Any, minimum: NDArray[np.float64], calculator: Any
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return curvatures (3N-6,) in eV/Å² and directions (3N, 3N-6) of the modes at a minimum."""
+    delta, rows = 0.005, []
+    for move in np.eye(minimum.size).reshape(-1, *minimum.shape) * delta:
+        up = evaluate(calculator, numbers, minimum + move)[1]
+        down = evaluate(calculator, numbers, minimum - move)[1]
+        rows.append((down - up).ravel() / (2 * delta))
+    hessian = np.array(rows)
+    values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+    return values[6:], vectors[:, 6:]
+
+
+def evaluations_per_sample(
+    proposal: Proposal,
+    step_size: float,
+    samples: Sequence[tuple[NDArray[np.float64], float]],
+    numbers: Any,
+    start: NDArray[np.float64],
+    calculator: Any,
+    modes: tuple[NDArray[np.float64], NDArray[np.float64]],
+    thermal_energy: float,
+) -> tuple[float, float]:
+    """Return the energy's autocorrelation time in moves, and the acceptance."""
+    curvatures, directions = modes
+    shape = {name: a for name, a in proposal.init(start).items() if name == "shape"}
+    moved, accepted, tried = np.zeros(len(curvatures)), 0.0, 0
+    for at, (positions, energy) in enumerate(samples):
+        memory = shape or proposal.init(positions)
+        for repeat in range(2):
+            new, _, log_ratio = proposal.propose(positions, memory, at, repeat + 1, step_size)
+            tried += 1
+            try:
+                after, _ = evaluate(calculator, numbers, new)
+            except KernelError:
+                continue
+            chance = np.exp(min(0.0, (energy - after) / thermal_energy + log_ratio))
+            accepted += chance
+            moved += chance * (directions.T @ (new - positions).ravel()) ** 2
+    return float((2 * thermal_energy / curvatures / (moved / tried)).mean()), accepted / tried
 
 
 def effective(steps: int, molecules: int) -> None:
-    """Print the effective samples of each kind of moves, per molecule and temperature."""
+    """Print what each kind of moves takes for a sample, per molecule and temperature."""
     model = load("qm9-edm")
-    rows, gains = [], []
-    kinds = {
-        "gaussian": (False, None),
-        "gaussian, tuned": (True, None),
-        "reverse step": (False, "reverse step"),
-        "shaped": (False, "shaped"),
-        "shaped, tuned": (True, "shaped"),
-    }
-    for row, (numbers, given) in enumerate(flexible(9, 14, molecules)):
+    widths = np.array([model.schedule.reverse_step(n).noise for n in range(1, 60)])
+    rows = []
+    gains: dict[str, list[float]] = {}
+    for row, (numbers, given) in enumerate(flexible(15, 20, molecules)):
         calculator = make_calculator("GFN2-xTB")
         start = relax(numbers, given, calculator, RelaxSettings(fmax=0.003)).frames[-1]
+        modes = harmonic_modes(numbers, start, calculator)
         formula = "".join(
             f"{symbol}{count}"
             for symbol, number in (("C", 6), ("H", 1), ("N", 7), ("O", 8), ("F", 9))
             if (count := int((numbers == number).sum()))
         )
         for temperature in (300.0, 70.0):
+            thermal_energy = BOLTZMANN_EV_PER_K * temperature
+            published = published_step_size(temperature)
             # The reverse step that is about as wide as the published Gaussian moves.
-            widths = [model.schedule.reverse_step(n).noise for n in range(1, 60)]
-            n = int(np.abs(np.array(widths) - 1.2 * published_step_size(temperature)).argmin()) + 1
-            found = []
-            for name, (tune, moves) in kinds.items():
-                settings = ChainSettings(temperature, steps + steps // 4, steps // 4, tune=tune)
-                proposal = (
-                    DiffusionProposal(
-                        model, numbers, n if moves == "reverse step" else 20, moves=moves
-                    )
-                    if moves
-                    else None
+            n = int(np.abs(widths - 1.2 * published).argmin()) + 1
+            shaped = DiffusionProposal(model, numbers)
+            settings = ChainSettings(temperature, steps, steps * 3 // 8, tune=True)
+            state = metropolis.init(numbers, start, calculator, settings, shaped)
+            metropolis.advance(
+                state, numbers, calculator, settings, row, until=steps, proposal=shaped
+            )
+            frames = state.frames[len(state.frames) * 3 // 8 :].astype(np.float64)
+            samples = [(x, evaluate(calculator, numbers, x)[0]) for x in frames]
+            kinds: list[tuple[str, Proposal, float]] = [
+                ("Gaussian, published step", GaussianProposal(), published),
+                ("Gaussian, 1.4 x", GaussianProposal(), 1.4 * published),
+                (
+                    f"reverse step, n = {n}",
+                    DiffusionProposal(model, numbers, n, 1.0, moves="reverse step"),
+                    published,
+                ),
+                ("shaped, published step", DiffusionProposal(model, numbers, share=1.0), published),
+                ("shaped, tuned", DiffusionProposal(model, numbers, share=1.0), state.step_size),
+            ]
+            first = 0.0
+            for name, proposal, step_size in kinds:
+                needed, acceptance = evaluations_per_sample(
+                    proposal, step_size, samples, numbers, start, calculator, modes, thermal_energy
                 )
-                began = time.process_time()
-                state = metropolis.init(numbers, start, calculator, settings, proposal)
-                metropolis.advance(
-                    state, numbers, calculator, settings, row, until=settings.steps,
-                    proposal=proposal,
-                )  # fmt: skip
-                spent = time.process_time() - began
-                samples = effective_samples(state.energies[settings.burn_in + 1 :])
-                found.append(1000 * samples / steps)
-                above = np.mean(state.energies[settings.burn_in :]) - state.energies[0]
-                # Of (3N-6)/2 k_B T, which harmonic motion has.
-                share = above / ((1.5 * len(numbers) - 3) * metropolis.BOLTZMANN_EV_PER_K)
+                first = first or needed
+                gains.setdefault(name.split(", n")[0], []).append(first / needed)
                 rows.append(
                     [
-                        formula, f"{temperature:g}", name, f"{state.acceptance:.2f}",
-                        f"{state.step_size:.4f}", f"{share / temperature:.2f}",
-                        f"{found[-1]:.1f}", f"{found[-1] / found[0]:.1f}",
-                        f"{1000 * spent / settings.steps:.2f}",
+                        formula, f"{temperature:g}", name, f"{step_size:.4f}", f"{acceptance:.2f}",
+                        f"{needed:,.0f}", f"{first / needed:.1f}",
                     ]
                 )  # fmt: skip
-                print(*rows[-1], sep="  ", flush=True)
-            gains.append([value / found[0] for value in found])
-    heads = ["molecule", "T, K", "moves", "acceptance", "step size, Å", "energy, of harmonic"]
-    table("Effective samples", [*heads, "per 1000 evaluations", "ratio", "ms/step"], rows)
-    means = np.exp(np.log(np.maximum(gains, 1e-3)).mean(axis=0))
     table(
-        "Effective samples for an evaluation, geometric mean",
-        ["moves", "ratio"],
-        [[name, f"{mean:.1f}"] for name, mean in zip(kinds, means, strict=True)],
+        "GFN2-xTB evaluations for an independent sample of the energy",
+        ["molecule", "T, K", "moves", "step size, Å", "acceptance", "evaluations", "gain"],
+        rows,
+    )
+    table(
+        "Gain, geometric mean",
+        ["moves", "gain", "least", "most"],
+        [
+            [name, f"{np.exp(np.log(all_).mean()):.1f}", f"{min(all_):.1f}", f"{max(all_):.1f}"]
+            for name, all_ in gains.items()
+        ],
     )
 
 
@@ -233,15 +277,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["speed", "effective", "all"], nargs="?", default="all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="default: 40 for speed, 4000 for effective")
+    parser.add_argument("--steps", type=int, help="default: 64 for speed, 1600 for effective")
     parser.add_argument("--molecules", type=int, help="default: 10 for speed, 4 for effective")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.what != "effective":
-        speed(options.steps or 40, options.molecules or 10)
+        speed(options.steps or 64, options.molecules or 10)
     if options.what != "speed":
-        effective(options.steps or 4000, options.molecules or 4)
+        effective(options.steps or 1600, options.molecules or 4)
 
 
 if __name__ == "__main__":

@@ -226,7 +226,7 @@ def diffusion_chains(
             if isinstance(result, KernelError):
                 problems[index] = result
             elif not state.diverged[index]:
-                _record(state, index, starts[index], model, result)
+                _record(state, index, starts[index], model, piece, result)
         state.step = last
         if segment is None:
             took = max(time.perf_counter() - began, 1e-9)
@@ -283,16 +283,11 @@ class _Piece(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """Of one chain, `x` (N, 3) at step `last`, and at the steps kept and looked at before it.
-
-    `kept_before` is the last step kept before these.
-    """
+    """Of one chain, `x` (N, 3) at the end of a piece, and at the steps kept and looked at in it."""
 
     x: Floats
-    last: int
-    kept_before: int
-    kept: dict[int, Floats]
-    looked_at: dict[int, Floats]
+    kept: Floats
+    looked_at: Floats
 
 
 def _advance(
@@ -311,9 +306,9 @@ def _advance(
     batch = [going[place] for place in places]
     config, schedule, device = model.config, model.schedule, model.device
     x_before = np.stack([state.x[index] for index in batch])
-    if all(state.diverged[index] for index in batch):
-        return [_Made(x, piece.last, piece.first, {}, {}) for x in x_before]
     kept, looked_at = piece.kept(), piece.looked_at()
+    if all(state.diverged[index] for index in batch):
+        return [_Made(x, x[None], x[None]) for x in x_before]
     wanted = {step: at for at, step in enumerate(sorted({*kept, *looked_at}))}
     levels = np.array([starts[index].n for index in batch])
     numbers = np.stack([starts[index].numbers for index in batch])
@@ -335,14 +330,10 @@ def _advance(
             if step + 1 in wanted:
                 found[wanted[step + 1]] = x
         x_after, frames = x.cpu().numpy(), found.cpu().numpy()
+    rows_kept = frames[[wanted[step] for step in kept]]
+    rows_looked_at = frames[[wanted[step] for step in looked_at]]
     return [
-        _Made(
-            x_after[row].copy(),
-            piece.last,
-            piece.first // piece.save_every * piece.save_every,
-            {step: frames[wanted[step], row] for step in kept},
-            {step: frames[wanted[step], row] for step in looked_at},
-        )
+        _Made(x_after[row].copy(), rows_kept[:, row], rows_looked_at[:, row])
         for row in range(len(batch))
     ]
 
@@ -354,22 +345,26 @@ def _noise(start: ChainStart, block: int) -> Floats:
     return drawn
 
 
-def _record(state: ChainsState, index: int, start: ChainStart, model: Model, made: _Made) -> None:
+def _record(
+    state: ChainsState, index: int, start: ChainStart, model: Model, piece: _Piece, made: _Made
+) -> None:
     """Take a piece of a chain into the state, up to where it diverged."""
     scale = model.config.feature_scaling[0]
-    finite = {step: x for step, x in made.kept.items() if np.isfinite(x).all()}
-    end, why = made.last, ""
-    for step, x in made.looked_at.items():
+    kept = np.array(piece.kept(), dtype=np.int64)
+    finite = np.isfinite(made.kept).all(axis=(1, 2))
+    end, why = piece.last, ""
+    for step, x in zip(piece.looked_at(), made.looked_at, strict=True):
         if why := _broken(start, x * scale):
             end = step
             break
     if not why and not np.isfinite(made.x).all():
         # What is not finite stays so: the last finite step of those that are kept is the same
         # however the chain is cut.
-        why, end = "the positions became NaN or infinite", max(finite, default=made.kept_before)
-    frames = [x for step, x in finite.items() if step <= end]
-    if frames:
-        placed = np.stack(frames).astype(np.float64) * scale + _origin(start)
+        before = piece.first // piece.save_every * piece.save_every
+        why, end = "the positions became NaN or infinite", int(max(kept[finite], default=before))
+    frames = made.kept[finite & (kept <= end)]
+    if len(frames):
+        placed = frames.astype(np.float64) * scale + _origin(start)
         state._frames[index].append(placed.astype(np.float32))
     state.n_steps[index] = end
     if why:
