@@ -114,7 +114,8 @@ class Map:
 class Pace:
     """Effective samples per energy evaluation of a ladder over those of plain Metropolis.
 
-    Geometric means over molecules and temperatures, of the energy and of the slowest dihedral.
+    Geometric means over molecules and temperatures where both have settled, of the energy and of
+    the slowest dihedral.
     """
 
     name: LadderName
@@ -498,7 +499,10 @@ def _paces(subjects: Sequence[Subject], names: Sequence[LadderName]) -> list[Pac
                     continue
                 for rung in subject.ladders[name].rungs:
                     other = rung_of(subject.ladders[plain], rung.value)
-                    values = (getattr(rung, column), getattr(other, column) if other else 0.0)
+                    # A chain that still drifts has no number of effective samples to speak of.
+                    if other is None or not max(rung.r_hat, other.r_hat) <= UNSETTLED:
+                        continue
+                    values = getattr(rung, column), getattr(other, column)
                     if all(np.isfinite(values)) and min(values) > 0:
                         owner.append(subject.molecule)
                         logs.append(float(np.log(values[0] / values[1])))
