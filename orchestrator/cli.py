@@ -697,7 +697,7 @@ def boltzmann(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what chains sampled, and which temperature a diffusion step stands for.
+    """Say what chains sampled, at temperatures and at diffusion steps.
 
     Errors are from autocorrelation times; intervals are 95 % bootstrap intervals over molecules.
     """
