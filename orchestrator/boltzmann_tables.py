@@ -342,8 +342,8 @@ def tables(found: Boltzmann) -> list[RenderableType]:
     if found.paces:
         parts += [
             "",
-            "effective samples per energy evaluation over those of plain Metropolis, where both have "
-            "settled",
+            "effective samples per energy evaluation over those of plain Metropolis, "
+            "where both have settled",
             _pace_table(found),
         ]
     if any(subject.gaussian for subject in found.subjects):

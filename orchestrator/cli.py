@@ -697,7 +697,7 @@ def boltzmann(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what chains sampled, at temperatures and at diffusion steps.
+    """Say what chains sampled, by temperature and diffusion step.
 
     Errors are from autocorrelation times; intervals are 95 % bootstrap intervals over molecules.
     """
