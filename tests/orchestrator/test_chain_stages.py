@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from orchestrator.stream import MOST_TOGETHER, Estimate, Stream
 from tests.orchestrator.run_fixtures import ingested, write_campaign
 from tests.orchestrator.tiny_models import write_model
 
+ROOT = Path(__file__).parents[2]
 BEFORE = '[[stages]]\nkernel = "embed"\n[[stages]]\nname = "ground"\nkernel = "relax"\n'
 METROPOLIS = '[[stages]]\nkernel = "metropolis"\nfrom = "ground"\n'
 DIFFUSION = (
@@ -65,6 +67,25 @@ def test_the_default_ladders_are_the_published_ones(folder: Path) -> None:
     assert (first.settings["steps"], first.settings["burn_in"]) == (20_000, 1000)
     energies = named["single_points-1"]
     assert (energies.frames, energies.along_path, energies.path_table) == (20_001, True, "chains")
+
+
+def test_the_jobs_that_come_with_basin_are_the_whole_protocol_and_a_small_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BASIN_DATA", "/nowhere")
+    whole = Plan(load_campaign(ROOT / "jobs" / "qm9_boltzmann.toml"))
+    kernels = Counter(stage.kernel for stage in whole.stages)
+    assert kernels == {
+        "relax": 1, "metropolis": 18, "gaussian_chain": 1, "diffusion_chain": 14,
+        "single_points": 14,
+    }  # fmt: skip
+    assert whole.from_files
+    # What is written there of the defaults is what they are.
+    named = {stage.name: stage.settings for stage in whole.stages}
+    assert [named[f"metropolis-{t:g}K"]["temperature"] for t in TEMPERATURES] == list(TEMPERATURES)
+    assert [named[f"diffusion-{n}"]["n"] for n in DIFFUSION_STEPS] == list(DIFFUSION_STEPS)
+    small = load_campaign(ROOT / "jobs" / "boltzmann_small.toml")
+    assert {"replica_exchange", "metropolis"} <= {stage.kernel for stage in small.stages}
 
 
 def test_repeats_are_chains_of_their_own_and_the_first_keeps_its_key(folder: Path) -> None:
