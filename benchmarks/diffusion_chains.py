@@ -216,7 +216,7 @@ def effective(steps: int, molecules: int) -> None:
         start = relax(numbers, given, calculator, RelaxSettings(fmax=0.003)).frames[-1]
         modes = harmonic_modes(numbers, start, calculator)
         formula = "".join(
-            f"{symbol}{count}"
+            f"{symbol}{count if count > 1 else ''}"
             for symbol, number in (("C", 6), ("H", 1), ("N", 7), ("O", 8), ("F", 9))
             if (count := int((numbers == number).sum()))
         )
