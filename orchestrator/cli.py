@@ -614,7 +614,7 @@ def report(
         Path | None, typer.Argument(metavar="TARGET", help="Default: report.html in the store.")
     ] = None,
 ) -> None:
-    """Write the report: one HTML file with figures, to read or to send."""
+    """Write the report: one HTML file with figures, to read and send."""
     from orchestrator.report import write_report
 
     counts = None
@@ -747,7 +747,7 @@ def _saved(store: Store, campaign: Campaign) -> str:
 
 @app.command()
 def compact(place: Place) -> None:
-    """Take sealed shards into segments now (a run does this by itself)."""
+    """Take sealed shards into segments now, as a run does by itself."""
     from orchestrator.compact import compact as take_in
 
     store = _open(place)
