@@ -3,7 +3,8 @@
 Speed: Basin's chain; a bare loop of tblite calls over the same proposals, each SCF restarted from
 the last; and the usual way: ASE Atoms with a new xtb-python calculator (without xtb-python: a new
 tblite one) and an xyz frame written at every step. CPU time per step, minimum of repeats that take
-turns. Sampling: effective samples of the energy per 1000 energies. Ladder: 18 temperatures, by the
+turns. Sampling: effective samples of the
+energy per 1000 energies. Ladder: 18 temperatures, by the
 MPI program with 1, 2, ... processes (only where mpi4py and mpiexec are).
 
     python -m benchmarks.metropolis [--repeats 5] [--steps 300] [--sampling-steps 4000]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
@@ -47,6 +48,10 @@ _SHORTEST, _LONGEST = 1e-6, 1.0
 # (Diffusion proposals use third word 2, the ladder of temperatures 3 and 4.)
 _MOVE: Final = (0, 0)
 _ACCEPT: Final = (1, 0)
+
+# Steps whose random numbers are drawn at once: to set up the generator for each would cost as much
+# as all else that is done here.
+_BLOCK: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,7 @@ class GaussianProposal:
         self, positions: Floats, memory: Arrays, seed: int, step: int, step_size: float
     ) -> tuple[Floats, Arrays, float]:
         """Return moved positions (N, 3) in Å, the memory as it was, and 0."""
-        noise = _generator(seed, step, _MOVE).standard_normal(positions.shape)
+        noise = _normal(seed, step // _BLOCK, len(positions))[step % _BLOCK]
         return positions + step_size * noise, memory, 0.0
 
 
@@ -360,7 +365,7 @@ def _step(
         accept, exponent = False, -math.inf
     else:
         exponent = (state.energy - energy) / thermal_energy + log_ratio
-        accept = exponent >= 0 or _generator(seed, step, _ACCEPT).random() < math.exp(exponent)
+        accept = exponent >= 0 or _chance(seed, step) < math.exp(exponent)
     if accept:
         state.positions, state.energy, state.memory = positions, energy, memory
         state.moved[step] = True
@@ -393,9 +398,26 @@ def tuned_step_size(step_size: float, acceptance: float, *, gain: float) -> floa
     return min(max(changed, _SHORTEST), _LONGEST)
 
 
-def _generator(seed: int, step: int, words: tuple[int, int]) -> np.random.Generator:
-    # Salmon et al., SC 2011. Counting goes up from the lowest word: no two steps overlap.
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, *words, step]))
+def _chance(seed: int, step: int) -> float:
+    return _uniform(seed, step // _BLOCK)[step % _BLOCK]
+
+
+@lru_cache(maxsize=64)
+def _normal(seed: int, block: int, n_atoms: int) -> Floats:
+    drawn = _generator(seed, block, _MOVE).standard_normal((_BLOCK, n_atoms, 3))
+    drawn.flags.writeable = False
+    return drawn
+
+
+@lru_cache(maxsize=64)
+def _uniform(seed: int, block: int) -> list[float]:
+    # As Python's numbers, which are faster to compare one by one.
+    return [float(chance) for chance in _generator(seed, block, _ACCEPT).random(_BLOCK)]
+
+
+def _generator(seed: int, block: int, words: tuple[int, int]) -> np.random.Generator:
+    # Salmon et al., SC 2011. Counting goes up from the lowest word: no two blocks overlap.
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, *words, block]))
 
 
 def _records(steps: int, save_every: int, n_atoms: int) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_springs_have_the_energy_heat_capacity_and_spreads_of_equipartition() ->
         assert abs(mean - 6 / 2) < STANDARD_ERRORS * error
         # The variance of the energy is k_B T² times the heat capacity, here 6/2 k_B.
         capacity, error = mean_and_error((kept(state) / thermal - 6 / 2) ** 2)
-        assert error < 0.35
+        assert error < 0.4
         assert abs(capacity - 6 / 2) < STANDARD_ERRORS * error
         means.append(mean_and_error(kept(state)))
         exact = thermal / (5.0 * np.linspace(1.0, 4.0, 6).reshape(2, 3))
@@ -279,7 +279,7 @@ def test_without_rejections_a_chain_diverges_and_says_why() -> None:
 
 
 def test_without_rejections_a_failed_energy_ends_the_chain_before_that_step() -> None:
-    sites, springs = harmonic(fails=lambda x: bool(x[0, 0] > 0.2))
+    sites, springs = harmonic(fails=lambda x: abs(x[0, 0]) > 0.2)
     settings = ChainSettings(300.0, 5_000, 0, save_every=1, step_size=0.01, accept_all=True)
     state = run(HYDROGENS[2], sites, springs, settings)
     assert f"step {state.step + 1}: no convergence in this corner" == state.diverged
