@@ -7,10 +7,12 @@ ones cost. CPU time of all threads; the steps of the last two are few and scaled
 
 `effective`: how many GFN2-xTB evaluations an independent sample of the energy takes, with Gaussian
 moves and with moves of the model, on flexible molecules of QM9. Plain chains decorrelate over
-thousands of evaluations, which short runs cannot see; so one move of each kind is tried from each
-of some geometries at equilibrium, and tells how fast every normal mode decorrelates. The samples
-of the energy, which is the sum of the modes', follow: its autocorrelation time is the mean over the
-modes of 2 sigma_i² / <a dq_i²>, with the chance of acceptance a and the harmonic spread sigma_i.
+thousands of evaluations, along soft motions over tens of thousands, which runs of 10 000 steps do
+not see: their autocorrelation times come out far too short. So one move of each kind is tried from
+each of some geometries at equilibrium, and tells how fast every normal mode decorrelates at first;
+for reversible chains that bounds the autocorrelation time from below (the spectrum's convexity).
+The energy's, which is the sum of the modes', is then the mean over the modes of
+2 sigma_i² / <a dq_i²>, with the chance of acceptance a and the harmonic spread sigma_i.
 
     python -m benchmarks.diffusion_chains speed [--threads 1] [--steps 64] [--molecules 10]
     python -m benchmarks.diffusion_chains effective [--steps 1600] [--molecules 4]
@@ -186,7 +188,7 @@ def evaluations_per_sample(
     modes: tuple[NDArray[np.float64], NDArray[np.float64]],
     thermal_energy: float,
 ) -> tuple[float, float]:
-    """Return the energy's autocorrelation time in moves, and the acceptance."""
+    """Return the least autocorrelation time of the energy in moves, and the acceptance."""
     curvatures, directions = modes
     shape = {name: a for name, a in proposal.init(start).items() if name == "shape"}
     moved, accepted, tried = np.zeros(len(curvatures)), 0.0, 0
