@@ -43,6 +43,8 @@ _PIECE_S = 0.2
 _SPENT = "spent_s"
 _OPEN = {"status": "open", "message": "", "ladder": ()}
 _PR_SET_PDEATHSIG = 1
+# Looked up here, since between fork and exec as little as possible should happen.
+_C_LIBRARY = ctypes.CDLL(None)
 # An MPI program that was told to stop saves its state, and is killed where it takes longer.
 _STOP_LIMIT_S = 60.0
 
@@ -282,7 +284,10 @@ def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -
         for rung, temperature in enumerate(wanted["temperatures"])
     ]
     nbytes = sum(700 + row["energy_eV"].nbytes + row["positions"].nbytes for row in rows)
-    return {**done({"chains": rows}, nbytes), "checkpointed": path.exists()}
+    # The processes of an MPI program are none of this one's own.
+    elsewhere = float(result["compute_s"].sum()) if stage.mpi_prefix else 0.0
+    outcome = done({"chains": rows}, nbytes)
+    return {**outcome, "checkpointed": path.exists(), "cpu_elsewhere_s": elsewhere}
 
 
 def _request(stage: Call, payload: Payload) -> Arrays:
@@ -316,7 +321,7 @@ def _request(stage: Call, payload: Payload) -> Arrays:
 
 def _die_with_parent() -> None:
     # Terminated, and not killed: what starts MPI programs then ends all of their processes.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _C_LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _by_mpi(stage: Call, request: Arrays, state: Path, stop: Callable[[], bool]) -> Arrays | None:

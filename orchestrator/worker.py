@@ -408,6 +408,7 @@ def run_bundle(bundle: Bundle) -> Receipt:
                 status[i] = TOO_LONG
                 continue
             receipt.first_start = receipt.first_start or outcome["started_s"]
+            outcome["cpu_s"] += outcome.get("cpu_elsewhere_s", 0.0)
             cpu[i], wall[i] = outcome["cpu_s"], outcome["wall_s"]
             if outcome["status"] == "open":
                 continue
