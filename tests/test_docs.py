@@ -43,7 +43,8 @@ def test_the_campaign_in_the_readme_runs_and_answers(tmp_path: Path) -> None:
         line.split("#")[0].strip()
         for block in _readme_blocks("")
         for line in block.splitlines()
-        if line.startswith("basin ") and "doctor" not in line
+        # The campaign there makes no chains that `basin boltzmann` could tell of.
+        if line.startswith("basin ") and not re.search("doctor|boltzmann", line)
     ]
     assert len(commands) == 12
     for command in commands:
