@@ -237,6 +237,24 @@ def test_chains_of_all_n_and_molecules_run_together(chains: Callable[[str], Stre
     assert list(stream.ready[2]) == [again]
 
 
+def test_chains_wait_for_company_a_while_and_not_for_ever(
+    chains: Callable[[str], Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = chains("n = [4, 14]\n")
+    under_way = []
+    while taken := stream.take("cpu", 1e-9, 1):
+        stage, (item,) = taken
+        if stage.kernel == "embed" or not under_way:
+            under_way += [item] if stage.kernel == "relax" else []
+            stream.finished(stage.index, item, True, "")
+    # Two relaxations are under way, whose chains could share the calls of the first one's.
+    assert [len(queue) for queue in stream.ready] == [0, 0, 2, 0]
+    monkeypatch.setattr("orchestrator.stream._HOLD_S", -1.0)
+    taken = stream.take("cpu", 1e-9, 1)
+    assert taken is not None
+    assert len(taken[1]) == 2
+
+
 def test_workers_share_the_chains_that_are_ready(chains: Callable[[str], Stream]) -> None:
     stream = chains("n = [1, 2, 4, 8]\n")
     while taken := stream.take("cpu", 1e9, 1):
