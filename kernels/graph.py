@@ -29,6 +29,12 @@ _PERCEPTION_ITERATIONS = 100_000
 
 _HEAVIEST_ELEMENT = 118
 
+# Bonds that atoms have, where they have no charge; those that can have more are left out.
+_VALENCES = {1: 1, 6: 4, 7: 3, 8: 2, 9: 1}
+
+# Brackets in a flexible molecule's SMILES.
+MOST_BRANCHES = 15
+
 
 @dataclass(frozen=True, slots=True)
 class Molecule:
@@ -81,6 +87,39 @@ def parse_smiles(text: str) -> Molecule:
     if "*" in canonical:
         _refuse_dummies(_mol_from_smiles(smiles), f"SMILES {_short(smiles)!r}")
     return _molecule(canonical, mol)
+
+
+def is_flexible(smiles: str) -> bool:
+    """Whether a molecule is flexible as Rothchild et al. (2024) chose theirs.
+
+    No double or triple bond, no ring, and at most 15 opening brackets in the SMILES. That number is
+    read here as of the SMILES with all hydrogens written as atoms, as in "[H]OC([H])([H])[H]": no
+    molecule of QM9 has as many brackets without them. False where there is no SMILES, and for a
+    radical or carbene.
+    """
+    if not smiles:
+        return False
+    from rdkit import Chem
+
+    mol = rdkit_molecule(smiles)
+    if any(atom.GetNumRadicalElectrons() for atom in mol.GetAtoms()):
+        return False
+    written = re.sub(r"\[[^]]*\]", "X", Chem.MolToSmiles(mol))
+    return not re.search(r"[=#\d%:]", written) and written.count("(") <= MOST_BRANCHES
+
+
+def may_be_flexible(numbers: ArrayLike) -> bool:
+    """Whether atoms (N,), padded with zeros, can make a molecule that `is_flexible`, if neutral.
+
+    Too few hydrogens for the others' valences mean a ring or a multiple bond. Quick, for files
+    whose bonds are not known yet.
+    """
+    z = np.asarray(numbers)
+    z = z[z > 0]
+    if not np.isin(z, list(_VALENCES)).all():
+        return True
+    rings_and_bonds = 1 + sum(_VALENCES[int(number)] - 2 for number in z) / 2
+    return rings_and_bonds <= 0
 
 
 def from_rdkit(mol: Chem.Mol) -> tuple[Molecule, NDArray[np.float64]]:

@@ -24,27 +24,24 @@ _SCF: Final = "scf_"
 class SinglePoints:
     """What is known of the first `done` of F geometries of N atoms; the rest is NaN.
 
-    energies (F,) in eV, forces (F, N, 3) in eV/Å; NaN where no energy could be computed, for which
-    `problems` holds the reasons by the number of the geometry. `ladder`: changed settings it took.
+    energies (F,) in eV, fmax (F,) the largest atomic force in eV/Å, forces (F, N, 3) in eV/Å, or
+    (0, N, 3) where they are not kept; NaN where no energy could be computed, for which `problems`
+    holds the reasons by the number of the geometry. `ladder`: changed settings it took.
     """
 
     energies: Floats
+    fmax: Floats
     forces: Floats
     done: int = 0
     problems: dict[int, str] = field(default_factory=dict)
     ladder: tuple[str, ...] = ()
     scf: Arrays = field(default_factory=dict)
 
-    @property
-    def fmax(self) -> Floats:
-        """Largest atomic force of each geometry, (F,) in eV/Å."""
-        largest: Floats = np.sqrt(np.einsum("fij,fij->fi", self.forces, self.forces)).max(axis=1)
-        return largest
-
     def to_arrays(self) -> Arrays:
         """Return all there is to save, as plain arrays."""
         return {
             "energies": self.energies,
+            "fmax": self.fmax,
             "forces": self.forces,
             "done": np.array(self.done),
             "problem_at": np.array(list(self.problems), dtype=np.int64),
@@ -59,6 +56,8 @@ class SinglePoints:
         at, problems = arrays["problem_at"].tolist(), arrays["problems"].tolist()
         return cls(
             energies=np.array(arrays["energies"]),
+            # States saved before it was kept by itself hold all forces.
+            fmax=np.array(arrays["fmax"] if "fmax" in arrays else largest(arrays["forces"])),
             forces=np.array(arrays["forces"]),
             done=int(arrays["done"]),
             problems=dict(zip(at, problems, strict=True)),
@@ -67,9 +66,17 @@ class SinglePoints:
         )
 
 
-def init(frames: NDArray[np.floating[Any]]) -> SinglePoints:
+def largest(forces: NDArray[np.floating[Any]]) -> Floats:
+    """Return the largest atomic force of each geometry, (F,), of forces (F, N, 3)."""
+    found: Floats = np.sqrt(np.einsum("fij,fij->fi", forces, forces)).max(axis=1)
+    return found
+
+
+def init(frames: NDArray[np.floating[Any]], *, keep_forces: bool = True) -> SinglePoints:
     """Return the state before the first of the geometries (F, N, 3)."""
-    return SinglePoints(np.full(len(frames), np.nan), np.full(frames.shape, np.nan))
+    nothing = np.full(len(frames), np.nan)
+    shape = frames.shape if keep_forces else (0, *frames.shape[1:])
+    return SinglePoints(nothing, nothing.copy(), np.full(shape, np.nan))
 
 
 def single_points(
@@ -80,16 +87,18 @@ def single_points(
     *,
     state: SinglePoints | None = None,
     on_frame: Callable[[SinglePoints], bool] = lambda state: True,
+    keep_forces: bool = True,
 ) -> SinglePoints:
     """Compute energies and forces at geometries (F, N, 3) in Å of atoms `numbers` (N,).
 
     `make` gives a calculator, with the keywords of a rung where the plain one does not converge;
     rungs that would change the energy surface are not climbed. Each SCF starts from the charges of
     the geometry before. ``on_frame`` sees the state after every geometry; false ends the work
-    there. Raises InputError and ResourceError; any other failure is of its geometry alone, unless
-    all fail: then the first of them is raised.
+    there. Without ``keep_forces`` only the largest force of each geometry is kept: of the many
+    frames of a chain they would take most of the memory. Raises InputError and ResourceError; any
+    other failure is of its geometry alone, unless all fail: then the first of them is raised.
     """
-    state = init(frames) if state is None else state
+    state = init(frames, keep_forces=keep_forces) if state is None else state
     if state.done == len(frames):
         return state
     calculator = make()
@@ -99,9 +108,10 @@ def single_points(
     for at in range(state.done, len(frames)):
         xyz = frames[at].astype(np.float64)
         try:
-            state.energies[at], state.forces[at] = _climb(
-                calculator, numbers, xyz, make, rungs, state
-            )
+            state.energies[at], forces = _climb(calculator, numbers, xyz, make, rungs, state)
+            state.fmax[at] = largest(forces[None])[0]
+            if len(state.forces):
+                state.forces[at] = forces
         except (NotFiniteError, ScfError) as error:
             first = first or error
             state.problems[at] = str(error)

@@ -9,39 +9,42 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from kernels import calculators
-from kernels.diffusion import GENERATION_VERSION, PROCESS_VERSION, model_files
+from kernels.diffusion import model_files
 from kernels.errors import KernelError
+from orchestrator.chain_stages import (
+    DIFFUSION_STEPS,
+    TEMPERATURES,
+    ChainStage,
+    DiffusionChainStage,
+    GaussianChainStage,
+    MetropolisStage,
+    ReplicaExchangeStage,
+)
 from orchestrator.errors import CampaignError
 from orchestrator.molecules import FORMATS, GEOMETRY_FORMATS, expand, file_format, match_files
-from orchestrator.quantities import (
-    Bytes,
-    Dimension,
-    Force,
-    Length,
-    Seconds,
-    Temperature,
+from orchestrator.quantities import TEMPERATURE, Dimension, QuantityError, Seconds, parse_quantity
+from orchestrator.stages import (
+    DiffuseStage,
+    EmbedStage,
+    GenerateStage,
+    MmffStage,
+    Name,
+    RehearseStage,
+    RelaxStage,
+    SinglePointsStage,
+    StageBase,
+    stem,
 )
 from orchestrator.toml_file import (
-    NAME_PATTERN,
     Location,
     Problems,
     Table,
@@ -56,24 +59,6 @@ from orchestrator.toml_file import (
     read,
     show,
 )
-
-Setting: TypeAlias = str | int | float | bool | dict[str, str]
-
-# Stands for the program not written in the file until the level is known.
-_FIRST_PROGRAM: Final = "\0"
-
-_Name: TypeAlias = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$", max_length=100)]
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-# One value, or a list of them, each of which gives a stage of its own.
-_Models: TypeAlias = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)
-]
-_Counts: TypeAlias = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_tuple)]
 
 
 class MoleculeSource(Table):
@@ -129,6 +114,11 @@ class MoleculeSource(Table):
         json_schema_extra=default("all"),
         description="Read only molecules of these elements",
     )
+    flexible: bool = Field(
+        default=False,
+        description="Read only molecules without double and triple bonds and without rings, that "
+        "have at most 15 branches in the SMILES with all hydrogens written out",
+    )
     every: int = Field(
         default=1, ge=1, description="Read only the first of so many entries, and of the next ..."
     )
@@ -152,421 +142,6 @@ class MoleculeSource(Table):
         return elements
 
 
-class _StageBase(Table):
-    name: _Name = Field(
-        json_schema_extra=default("the kernel's name"),
-        description="Name of the stage in tables and in `from`; unique in the file",
-    )
-    kernel: str = Field(description="What the stage computes")
-    from_: str | None = Field(
-        default=None,
-        alias="from",
-        json_schema_extra=default("the last stage before that makes geometries"),
-        description="Name of an earlier stage whose geometries this one starts from; the first "
-        "stage starts from the files, an embed stage from the molecular graph",
-    )
-    pool: _Name = Field(
-        default="cpu", description="Pool of workers, as the site names them, that runs the stage"
-    )
-    time_limit: Seconds = Field(
-        default=600.0, gt=0, description="Time after which one item is stopped and recorded"
-    )
-    memory_limit: Bytes = Field(
-        default=2_000_000_000,
-        ge=100_000_000,
-        json_schema_extra=default("2 GB; 4 GB where a diffusion model is at work"),
-        description="Memory that one item may use before it is stopped and recorded",
-    )
-
-    def settings(self) -> dict[str, Setting]:
-        """Exactly what, beside the input, determines the result: this enters the task's key."""
-        raise NotImplementedError
-
-    def programs(self) -> dict[str, str]:
-        """Programs that do the work and their installed versions, which enter the task's key.
-
-        Raises CampaignError, with the command that installs it, for one that is missing.
-        """
-        raise NotImplementedError
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of the kernel's own code, which enters the task's key."""
-        raise NotImplementedError
-
-    def words(self) -> str:
-        """What the stage does, in a few words for a person."""
-        return self.kernel
-
-    @property
-    def frames(self) -> int:
-        """Geometries that one item leaves behind."""
-        return 1
-
-
-class EmbedStage(_StageBase):
-    """`kernel = "embed"`: three-dimensional geometries from the molecular graph (ETKDGv3)."""
-
-    kernel: Literal["embed"]
-    conformers: int = Field(
-        default=1,
-        ge=1,
-        le=10_000,
-        description="Geometries per molecule, each a task with a seed of its own",
-    )
-    max_attempts: int = Field(
-        default=50,
-        ge=1,
-        le=100_000,
-        description="Embedding attempts per geometry before it counts as failed",
-    )
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines one conformer.
-
-        Their number is left out: asking for five later finds the first one done.
-        """
-        return {"max_attempts": self.max_attempts}
-
-    def programs(self) -> dict[str, str]:
-        """RDKit and its version."""
-        return {"rdkit": _installed_version("rdkit", self.name)}
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of `kernels.embedding`."""
-        from kernels.embedding import VERSION
-
-        return VERSION
-
-    def words(self) -> str:
-        """The method."""
-        return "ETKDGv3"
-
-
-class MmffStage(_StageBase):
-    """`kernel = "mmff"`: force field minimisation, MMFF94 or, where it lacks parameters, UFF."""
-
-    kernel: Literal["mmff"]
-    max_steps: int = Field(
-        default=2000,
-        ge=1,
-        le=10_000_000,
-        description="Minimiser steps before the item counts as not converged",
-    )
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines the minimum found."""
-        return {"max_steps": self.max_steps}
-
-    def programs(self) -> dict[str, str]:
-        """RDKit and its version."""
-        return {"rdkit": _installed_version("rdkit", self.name)}
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of `kernels.forcefield`."""
-        from kernels.forcefield import VERSION
-
-        return VERSION
-
-    def words(self) -> str:
-        """The force fields."""
-        return "MMFF94, else UFF"
-
-
-class _LevelStage(_StageBase):
-    level: str = Field(default="GFN2-xTB", description="Level of theory")
-    program: str = Field(
-        default=_FIRST_PROGRAM,
-        json_schema_extra=default("the level's first: tblite for GFN2-xTB"),
-        description="Program that computes the level; never mixed inside a study, since programs "
-        "differ in the last digits",
-    )
-    electronic_temperature: Temperature = Field(
-        default=300.0,
-        gt=0,
-        le=20_000,
-        description="Electronic temperature of the SCF; levels without an SCF ignore it",
-    )
-    save_forces: bool = Field(
-        default=False, description="Also store the forces of every frame, in eV/Å"
-    )
-
-    @field_validator("level")
-    @classmethod
-    def _known_level(cls, level: str) -> str:
-        if level not in calculators.levels():
-            raise ValueError(f"is not a level of theory; {choose(level, calculators.levels())}")
-        return level
-
-    @field_validator("program", mode="before")
-    @classmethod
-    def _known_program(cls, program: object, info: ValidationInfo) -> object:
-        programs = tuple(calculators.levels().get(info.data.get("level", ""), ()))
-        if program == _FIRST_PROGRAM and programs:
-            return programs[0]
-        if isinstance(program, str) and programs and program not in programs:
-            level = info.data["level"]
-            raise ValueError(f"does not compute {level}; {choose(program, programs)}")
-        return program
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines energies and forces, with every default filled in.
-
-        Units: electronic_temperature K.
-        """
-        settings: dict[str, Setting] = {
-            "level": self.level,
-            "program": self.program,
-            "save_forces": self.save_forces,
-        }
-        if self.level not in _LEVELS_WITHOUT_SCF:
-            settings["electronic_temperature"] = float(self.electronic_temperature)
-        return settings
-
-    def programs(self) -> dict[str, str]:
-        """The program of the level and its version."""
-        return {self.program: _installed_version(self.program, self.name)}
-
-
-class RelaxStage(_LevelStage):
-    """`kernel = "relax"`: relaxation at a level of theory with an ASE optimizer."""
-
-    kernel: Literal["relax"]
-    optimizer: Literal["BFGS", "LBFGS", "FIRE", "Sella"] = Field(
-        default="BFGS", description="ASE optimizer; Sella searches a minimum here"
-    )
-    fmax: Force = Field(
-        default=0.03,
-        gt=0,
-        le=1.0,
-        description="The relaxation ends when no atom feels a larger force",
-    )
-    max_steps: int = Field(
-        default=500,
-        ge=1,
-        le=10_000_000,
-        description="Optimizer steps before the item counts as not converged",
-    )
-    max_step_length: Length = Field(
-        default=0.2, gt=0, le=1.0, description="Longest move of an atom in one optimizer step"
-    )
-    initial_hessian: Literal["unit", "force-field"] = Field(
-        default="unit",
-        description="Where BFGS starts from: unit, as ASE and the published protocol, or the "
-        "force field's Hessian, which needs far fewer steps",
-    )
-
-    @field_validator("initial_hessian")
-    @classmethod
-    def _needs_bfgs(cls, hessian: str, info: ValidationInfo) -> str:
-        optimizer = info.data.get("optimizer", "BFGS")
-        if hessian != "unit" and optimizer != "BFGS":
-            raise ValueError(
-                f'needs optimizer = "BFGS"; {optimizer} keeps no Hessian that could be given'
-            )
-        return hessian
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines the relaxed geometry and the frames kept, with every default filled in.
-
-        Units: fmax eV/Å, max_step_length Å, electronic_temperature K.
-        """
-        settings: dict[str, Setting] = {
-            **super().settings(),
-            "optimizer": self.optimizer,
-            "fmax": float(self.fmax),
-            "max_steps": self.max_steps,
-            "max_step_length": float(self.max_step_length),
-        }
-        if self.initial_hessian != "unit":
-            # Left out otherwise, so that results from before there was a choice keep their keys.
-            settings["initial_hessian"] = self.initial_hessian
-        return settings
-
-    def programs(self) -> dict[str, str]:
-        """The program of the level, and Sella where it is the optimizer, with their versions."""
-        versions = super().programs()
-        if self.initial_hessian == "force-field":
-            versions["rdkit"] = _installed_version("rdkit", self.name)
-        if self.optimizer == "Sella":
-            versions["sella"] = _installed_version("sella", self.name)
-        return versions
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of `kernels.relaxation`."""
-        from kernels.relaxation import VERSION
-
-        return VERSION
-
-    def words(self) -> str:
-        """Level, program, optimizer and where it ends."""
-        hessian = ", force field's Hessian" if self.initial_hessian != "unit" else ""
-        return f"{self.level}/{self.program}, {self.optimizer} to {self.fmax:g} eV/Å{hessian}"
-
-
-class _ModelStage(_StageBase):
-    memory_limit: Bytes = Field(
-        default=4_000_000_000,
-        ge=500_000_000,
-        description="Memory that a batch of items may use before its items are run alone",
-    )
-    model: _Models = Field(
-        min_length=1,
-        examples=['["first.safetensors", "second.safetensors"]'],
-        description="Diffusion model: the name of a shipped one, or a .safetensors file, relative "
-        "to the campaign file; a list gives a stage for each, named with the file's stem",
-    )
-
-    @field_validator("model")
-    @classmethod
-    def _no_model_twice(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return _no_repeats(values)
-
-    @property
-    def model_name(self) -> str:
-        """The model's name: the shipped one's, or the file's stem."""
-        return _stem(self.model[0])
-
-    def model_digest(self) -> str:
-        """SHA-256 of the model file; raises CampaignError where it cannot be read."""
-        return _model_digest(self.model[0], self.name)
-
-    def programs(self) -> dict[str, str]:
-        """None: the model's file stands for what computes, whatever torch runs it."""
-        return {}
-
-
-class DiffuseStage(_ModelStage):
-    """`kernel = "diffuse"`: the last n steps of a diffusion model's process, from a geometry."""
-
-    kernel: Literal["diffuse"]
-    n: _Counts = Field(
-        min_length=1,
-        examples=["[20, 50]"],
-        description="Diffusion steps; a list gives a stage for each number, named with it",
-    )
-    protocol: Literal["deterministic", "published"] = Field(
-        default="deterministic",
-        description="deterministic: no noise is added and elements are held; published: as in "
-        "Rothchild et al. (2024), noise included",
-    )
-
-    @field_validator("n")
-    @classmethod
-    def _no_number_twice(cls, values: tuple[int, ...]) -> tuple[int, ...]:
-        return _no_repeats(values)
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines a path: the model by its digest, n and the protocol."""
-        return {"model": self.model_digest(), "n": self.n[0], "protocol": self.protocol}
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of `kernels.diffusion.process`."""
-        return PROCESS_VERSION
-
-    def words(self) -> str:
-        """Model, steps and protocol."""
-        return f"{self.model_name}, n = {self.n[0]}, {self.protocol}"
-
-    @property
-    def frames(self) -> int:
-        """The start, and one for each step."""
-        return self.n[0] + 1
-
-
-class GenerateStage(_ModelStage):
-    """`kernel = "generate"`: molecules from pure noise, by the whole process of a model."""
-
-    kernel: Literal["generate"]
-    save_every: int = Field(
-        default=1,
-        ge=1,
-        le=1_000_000,
-        description="Diffusion steps between two frames that are stored; the last always is",
-    )
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines a molecule, and the frames kept: the model by its digest."""
-        return {"model": self.model_digest(), "save_every": self.save_every}
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of `kernels.diffusion.generation`."""
-        return GENERATION_VERSION
-
-    def words(self) -> str:
-        """Model."""
-        return f"{self.model_name}, from noise"
-
-    @property
-    def frames(self) -> int:
-        """The noise, and what is kept of the steps."""
-        return model_files.read_header(model_files.find(self.model[0])).steps // self.save_every + 1
-
-
-class SinglePointsStage(_LevelStage):
-    """`kernel = "single_points"`: energies of every frame of a diffusion path, or of a geometry."""
-
-    kernel: Literal["single_points"]
-    line: bool = Field(
-        default=False,
-        description="Also compute the energies on the straight line from the first of the frames "
-        "to the last, at as many points",
-    )
-
-    def settings(self) -> dict[str, Setting]:
-        """What determines the energies."""
-        return {**super().settings(), "line": self.line}
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of `kernels.single_points`."""
-        from kernels.single_points import VERSION
-
-        return VERSION
-
-    def words(self) -> str:
-        """Level and program."""
-        return f"{self.level}/{self.program}, every frame"
-
-
-class RehearseStage(_StageBase):
-    """`kernel = "rehearse"`: no chemistry; time spent and faults made as asked.
-
-    For trying out a site, a time limit or a campaign's size before the real stages run there.
-    """
-
-    kernel: Literal["rehearse"]
-    conformers: int = Field(
-        default=1, ge=1, le=10_000, description="Items per molecule, where the stage is the first"
-    )
-    seconds: Seconds = Field(default=0.0, ge=0, description="Time that each item takes")
-    busy: bool = Field(default=False, description="Compute for that time, instead of sleeping")
-    faults: dict[str, Literal["segfault", "exit", "hang", "memory", "error"]] = Field(
-        default={},
-        json_schema_extra=default("{}"),
-        description="What goes wrong with which molecule, by canonical SMILES",
-    )
-
-    def settings(self) -> dict[str, Setting]:
-        """Everything there is to set."""
-        faults = {smiles: str(fault) for smiles, fault in self.faults.items()}
-        return {"seconds": float(self.seconds), "busy": self.busy, "faults": faults}
-
-    def programs(self) -> dict[str, str]:
-        """None: nothing is computed."""
-        return {}
-
-    @property
-    def kernel_version(self) -> int:
-        """Version of the rehearsal."""
-        return 1
-
-
 Stage: TypeAlias = (
     EmbedStage
     | MmffStage
@@ -574,6 +149,10 @@ Stage: TypeAlias = (
     | DiffuseStage
     | GenerateStage
     | SinglePointsStage
+    | MetropolisStage
+    | GaussianChainStage
+    | ReplicaExchangeStage
+    | DiffusionChainStage
     | RehearseStage
 )
 
@@ -584,15 +163,22 @@ STAGES: Final[Mapping[str, type[Stage]]] = {
     "diffuse": DiffuseStage,
     "generate": GenerateStage,
     "single_points": SinglePointsStage,
+    "metropolis": MetropolisStage,
+    "gaussian_chain": GaussianChainStage,
+    "replica_exchange": ReplicaExchangeStage,
+    "diffusion_chain": DiffusionChainStage,
     "rehearse": RehearseStage,
 }
 # What each begins with, where nothing else can be its origin.
 _BEGINNINGS: Final[Mapping[str, str]] = {"embed": "the molecular graph", "generate": "noise"}
-# Nothing can start from their results.
-_WITHOUT_GEOMETRIES: Final = frozenset({"single_points"})
+_CHAINS: Final = frozenset({"metropolis", "gaussian_chain", "replica_exchange", "diffusion_chain"})
+# Nothing can start from their results, but single points from the frames of one chain.
+_WITHOUT_GEOMETRIES: Final = frozenset({"single_points", *_CHAINS})
+_ONE_CHAIN: Final = _CHAINS - {"replica_exchange"}
+_WITH_MODELS: Final = frozenset({"diffuse", "generate", "diffusion_chain", "metropolis"})
+_MOST_REPEATS: Final = 1000
 _FROM_NOTHING: Final = frozenset({"generate", "rehearse"})
-_NEED_GEOMETRIES: Final = frozenset({"mmff", "relax", "diffuse", "single_points"})
-_LEVELS_WITHOUT_SCF: Final = frozenset({"MMFF94"})
+_NEED_GEOMETRIES: Final = frozenset({"mmff", "relax", "diffuse", "single_points", *_CHAINS})
 
 
 class RunSettings(Table):
@@ -602,7 +188,9 @@ class RunSettings(Table):
         default=10.0, gt=0, description="Estimated time of the items that travel together"
     )
     checkpoint_every: Seconds = Field(
-        default=60.0, gt=0, description="Time between two saved states of a running relaxation"
+        default=60.0,
+        gt=0,
+        description="Time between two saved states of a running relaxation or chain",
     )
     seal_every: Seconds = Field(
         default=30.0, gt=0, description="Longest time a finished row waits to be on disk"
@@ -620,7 +208,7 @@ class TrainSettings(Table):
         min_length=1,
         description="Training file, relative to the campaign file; its data may be this store",
     )
-    pool: _Name = Field(
+    pool: Name = Field(
         default="gpu", description="Pool of workers, as the site names them, that trains"
     )
 
@@ -628,7 +216,7 @@ class TrainSettings(Table):
 class Campaign(Table):
     """One campaign file, read and checked."""
 
-    name: _Name = Field(description="Name of the campaign")
+    name: Name = Field(description="Name of the campaign")
     store: Path = Field(
         json_schema_extra=default("<name>.basin beside the campaign file"),
         description="Folder of the results, relative to the campaign file; ~ and $VARIABLES are "
@@ -676,8 +264,9 @@ class Campaign(Table):
 def load_campaign(path: Path, *, with_models: bool = True) -> Campaign:
     """The campaign in a TOML file, checked, with paths made absolute and defaults filled in.
 
-    A stage with a list of models or of n becomes a stage for each, and so does every stage that
-    starts from it. `with_models` false does not look for the models' files: enough for a reader.
+    A stage with a list of models, of n or of temperatures, or with repeats, becomes a stage for
+    each, and so does every stage that starts from it. `with_models` false does not look for the
+    models' files: enough for a reader.
     Raises CampaignError listing every problem found, each with file, line, field, value, what is
     wrong and what to write.
     """
@@ -834,11 +423,18 @@ def _fill_in_stage(stages: Sequence[Any], index: int) -> Any:
     before = [
         _stage_name(earlier)
         for earlier in stages[:index]
-        if not (isinstance(earlier, dict) and earlier.get("kernel") in _WITHOUT_GEOMETRIES)
+        if not isinstance(earlier, dict) or _can_start(stage.get("kernel"), earlier.get("kernel"))
     ]
     if before and before[-1] and stage.get("kernel") not in _BEGINNINGS:
         filled.setdefault("from", before[-1])
     return filled
+
+
+def _can_start(kernel: object, origin: object) -> bool:
+    """Whether a stage can start from the results of another, by their kernels."""
+    if origin in _ONE_CHAIN:
+        return kernel == "single_points"
+    return origin not in _WITHOUT_GEOMETRIES
 
 
 def _check_tree(raw: Mapping[str, Any], problems: _Problems) -> None:
@@ -862,7 +458,7 @@ def _check_tree(raw: Mapping[str, Any], problems: _Problems) -> None:
             )
         models = _as_list(stage.get("model")) if isinstance(stage, dict) else []
         # The same file twice is reported by itself.
-        if len(set(map(_stem, models))) < len(models) == len(set(map(str, models))):
+        if len(set(map(stem, models))) < len(models) == len(set(map(str, models))):
             problems.add_value(
                 ("stages", index, "model"),
                 models,
@@ -892,7 +488,7 @@ def _wrong_origin(
     fit = [
         name
         for name, at in names.items()
-        if at < index and stages[at].get("kernel") not in _WITHOUT_GEOMETRIES
+        if at < index and _can_start(stage.get("kernel"), stages[at].get("kernel"))
     ]
     if (kernel := str(stage.get("kernel"))) in _BEGINNINGS:
         article = "an" if kernel == "embed" else "a"
@@ -904,34 +500,83 @@ def _wrong_origin(
     if not fit:
         return "the first stage starts from the files; leave the line out"
     if origin in names and names[origin] < index:
-        return f"this stage gives energies and no geometry to start from; {choose('', fit)}"
+        given = "chains" if stages[names[origin]].get("kernel") in _CHAINS else "energies"
+        return f"this stage gives {given} and no geometry to start from; {choose('', fit)}"
     if origin in names:
         return f"a stage can only start from an earlier one: {either(fit)}"
     return f"no earlier stage has this name; {choose(origin, fit)}"
 
 
-# Lists of models and of n: a stage for each value, and for each that starts from one of those
+# Lists of models, of n and of temperatures, and repeats: a stage for each value, and for each that
+# starts from one of those
 
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """One stage out of one with lists: `suffix` is what its name has more than the file's."""
+    """One stage out of one with lists: `suffix` is what its name has more than the file's.
+
+    `values`: what it has of each of the lists, by field; of repeats, their number from 0.
+    """
 
     name: str
     suffix: str
     from_: str | None
-    n: object
-    model: object
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _stem(model: object) -> str:
-    """A model's name as part of a stage's: its file's stem, in the letters that names have."""
-    name = Path(str(model)).name.removesuffix(model_files.SUFFIX)
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
+def _written_out(stage: Mapping[str, Any], name: str) -> object:
+    """A field that may be a list, with the default that is one."""
+    defaults: dict[tuple[object, str], tuple[Any, ...]] = {
+        ("metropolis", "temperatures"): TEMPERATURES,
+        ("diffusion_chain", "n"): DIFFUSION_STEPS,
+    }
+    value = stage.get(name)
+    if value is None and (stage.get("kernel"), name) in defaults:
+        return list(defaults[stage.get("kernel"), name])
+    return value
+
+
+def _kelvins(value: object) -> str:
+    """A temperature as part of a stage's name."""
+    try:
+        return f"{parse_quantity(value, TEMPERATURE):g}K"
+    except QuantityError:
+        return str(value)  # which is reported by itself
+
+
+def _lists(stage: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Each field with a list of values, and what they add to the stage's name."""
+    names: dict[str, Callable[[object], str]] = {"n": str, "model": stem}
+    if stage.get("kernel") == "metropolis":
+        names = {"temperatures": _kelvins, **names}
+    for name, words in names.items():
+        value = _written_out(stage, name)
+        if isinstance(value, list):
+            yield name, [(f"-{words(one)}", one) for one in value]
+        elif value is not None:
+            yield name, [("", value)]
+    repeats = stage.get("repeats")
+    if stage.get("kernel") not in _CHAINS or not isinstance(repeats, int):
+        return
+    # What is no such number is reported by itself.
+    if 1 < repeats <= _MOST_REPEATS:
+        yield "repeat", [(f"-r{k + 1}" if k else "", k) for k in range(repeats)]
+
+
+def _combinations(stage: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every choice of one value from each list, and what it adds to the stage's name."""
+    made: list[tuple[str, dict[str, Any]]] = [("", {})]
+    for name, values in _lists(stage):
+        made = [
+            (suffix + more, {**chosen, name: value})
+            for suffix, chosen in made
+            for more, value in values
+        ]
+    return made
 
 
 def _variants(stages: Sequence[Any]) -> list[list[_Variant]]:
@@ -946,17 +591,15 @@ def _variants(stages: Sequence[Any]) -> list[list[_Variant]]:
         chosen: list[tuple[str, str | None]] = [
             (v.suffix if origin != v.name else "", v.name) for v in parents
         ]
-        variants = []
-        for suffix, parent in chosen or [("", origin if isinstance(origin, str) else None)]:
-            for n in _as_list(fields.get("n")):
-                for model in _as_list(fields.get("model")):
-                    more = f"-{n}" if isinstance(fields.get("n"), list) else ""
-                    more += f"-{_stem(model)}" if isinstance(fields.get("model"), list) else ""
-                    variants.append(_Variant(name + suffix + more, suffix + more, parent, n, model))
+        variants = [
+            _Variant(name + suffix + more, suffix + more, parent, values)
+            for suffix, parent in chosen or [("", origin if isinstance(origin, str) else None)]
+            for more, values in _combinations(fields)
+        ]
         made.append(variants)
         for variant in variants:
             by_name.setdefault(variant.name, [variant])
-        if len(variants) != 1:
+        if [variant.name for variant in variants] != [name]:
             by_name[name] = variants
     return made
 
@@ -967,19 +610,18 @@ def _expand(campaign: Campaign, filled: Sequence[Any]) -> Campaign:
     for stage, variants in zip(campaign.stages, _variants(filled), strict=True):
         for variant in variants:
             change: dict[str, Any] = {"name": variant.name, "from_": variant.from_}
-            if isinstance(stage, DiffuseStage):
-                change["n"] = (variant.n,)
-            if isinstance(stage, DiffuseStage | GenerateStage):
-                change["model"] = (_model_place(str(variant.model), campaign.path),)
-            stages.append(stage.model_copy(update=change))
+            for name, value in variant.values.items():
+                if name == "model":
+                    change["model"] = (_model_place(str(value), campaign.path),)
+                elif name == "temperatures":
+                    change["temperatures"] = (parse_quantity(value, TEMPERATURE),)
+                elif name == "n":
+                    change["n"] = (value,)
+            one: Stage = stage.model_copy(update=change)
+            if isinstance(one, ChainStage):
+                one = one.repeated(variant.values.get("repeat", 0))
+            stages.append(one)
     return campaign.model_copy(update={"stages": tuple(stages)})
-
-
-def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    twice = [value for at, value in enumerate(values) if value in values[:at]]
-    if twice:
-        raise ValueError(f"holds {show(twice[0])} twice; keep one")
-    return values
 
 
 # Diffusion models
@@ -996,7 +638,9 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
     """Every model is there, can be read, and has as many steps as are asked of it."""
     stages = raw.get("stages")
     for index, stage in enumerate(stages if isinstance(stages, list) else []):
-        if not isinstance(stage, dict) or stage.get("kernel") not in ("diffuse", "generate"):
+        if not isinstance(stage, dict) or stage.get("kernel") not in _WITH_MODELS:
+            continue
+        if stage["kernel"] == "metropolis" and not _proposes(index, stage, problems):
             continue
         steps: dict[str, int] = {}
         for model in _as_list(stage.get("model")):
@@ -1007,7 +651,7 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
                     steps[model] = header.steps
                 except ValueError as error:
                     problems.add_value(("stages", index, "model"), model, str(error))
-        for n in _as_list(stage.get("n")):
+        for n in _as_list(_written_out(stage, "n")):
             short = [name for name, most in steps.items() if _is_count(n) and n > most]
             if short:
                 problems.add_value(
@@ -1018,14 +662,40 @@ def _check_models(raw: Mapping[str, Any], path: Path, problems: _Problems) -> No
                 )
 
 
+def _proposes(index: int, stage: Mapping[str, Any], problems: _Problems) -> bool:
+    """Whether a model makes proposals; what belongs to one stands there then, and only then."""
+    wanted = stage.get("proposal") == "diffusion"
+    required = {"model": '"qm9-edm"', "n": "20"}
+    for name in (*required, "diffusion_share", "diffusion_moves"):
+        location: Location = ("stages", index, name)
+        if not wanted and name in stage:
+            problems.add_value(
+                location,
+                stage[name],
+                'belongs to proposal = "diffusion"; write that, or leave this line out',
+            )
+        elif wanted and name in required and stage.get(name) in (None, []):
+            problems.add(
+                location,
+                f'{problems.field(location)} is missing; proposal = "diffusion" needs it, such as '
+                f"{name} = {required[name]}",
+            )
+    return wanted
+
+
 def _check_architecture(architecture: str, stage: Mapping[str, Any]) -> None:
-    """Raises ValueError for a model that begins with geometries where it must begin with noise."""
+    """Raises ValueError for a model that cannot do what the stage asks of it."""
     if architecture == "edm":
         return
     if stage["kernel"] == "generate":
         raise ValueError(
             f"is of architecture {architecture}, which begins with a geometry; molecules from "
             "noise need a model of architecture edm"
+        )
+    if stage["kernel"] != "diffuse":
+        raise ValueError(
+            f"is of architecture {architecture}, which predicts minima and has no noise to sample "
+            'with; choose a model of architecture edm, such as "qm9-edm"'
         )
     if stage.get("protocol") == "published":
         raise ValueError(
@@ -1062,20 +732,6 @@ def _model_header(model: str, path: Path) -> model_files.Header:
         f"is no model that comes with Basin; {choose(model, shipped)} Or give the path of a "
         ".safetensors file"
     )
-
-
-def _model_digest(model: str, stage: str) -> str:
-    try:
-        file = model_files.find(model)
-        status = file.stat()
-        return _digest_of(str(file), status.st_mtime_ns, status.st_size)
-    except (KernelError, OSError) as error:
-        raise CampaignError(f'stage "{stage}": model: {error}') from None
-
-
-@lru_cache(maxsize=64)
-def _digest_of(file: str, modified_ns: int, size: int) -> str:
-    return model_files.digest(file)
 
 
 def _check_training(raw: Mapping[str, Any], path: Path, problems: _Problems) -> None:
@@ -1145,7 +801,7 @@ def _check_beginnings(source: Mapping[str, Any], stages: object, problems: _Prob
                 "100, and a generate stage)",
             )
     else:
-        for other in ("files", "split", "elements", "every", "limit"):
+        for other in ("files", "split", "elements", "flexible", "every", "limit"):
             if other in source:
                 problems.add_value(
                     ("molecules", "samples"),
@@ -1184,13 +840,6 @@ def _formats(pattern: str, path: Path) -> dict[str, str | None]:
 # What is installed
 
 
-def _installed_version(program: str, stage: str) -> str:
-    try:
-        return calculators.program_version(program)
-    except KernelError as error:
-        raise CampaignError(f'stage "{stage}": {error}') from None
-
-
 # The table of fields
 
 
@@ -1213,9 +862,9 @@ def describe_fields() -> list[FieldDescription]:
     fields = [
         *_describe("", Campaign, skip={"path", "molecules", "stages", "run", "train"}),
         *_describe("molecules.", MoleculeSource),
-        *_describe("stages.", _StageBase),
+        *_describe("stages.", StageBase),
     ]
-    shared = set(_StageBase.model_fields)
+    shared = set(StageBase.model_fields)
     for kernel, model in STAGES.items():
         fields += _describe(f"stages[{kernel}].", model, skip=shared)
     return [*fields, *_describe("run.", RunSettings), *_describe("train.", TrainSettings)]
@@ -1247,6 +896,7 @@ _TYPE_WORDS: Final[Mapping[Any, str]] = {
     str: "text",
     int: "whole number",
     bool: "true or false",
+    float: "number",
     Path: "path",
 }
 

@@ -652,7 +652,7 @@ def report(
         Path | None, typer.Argument(metavar="TARGET", help="Default: report.html in the store.")
     ] = None,
 ) -> None:
-    """Write the report: one HTML file with figures, to read or to send."""
+    """Write the report: one HTML file with figures, to read and send."""
     from orchestrator.report import write_report
 
     counts = None
@@ -711,6 +711,57 @@ def speedup(
         console.print(part, markup=False)
 
 
+@app.command()
+def boltzmann(
+    place: Place,
+    max_rmsd: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="Å",
+            help="Discard a molecule whose minima of model and level differ by more (0.3).",
+        ),
+    ] = None,
+    max_rest: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="KCAL/MOL",
+            help="Discard one whose mean energy at the lowest n is higher above the minimum (5).",
+        ),
+    ] = None,
+    per_chain: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="Also write the numbers of every chain.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what chains sampled, by temperature and diffusion step.
+
+    Errors are from autocorrelation times; intervals are 95 % bootstrap intervals over molecules.
+    """
+    from orchestrator.boltzmann import MAX_REST, MAX_RMSD, analyse
+    from orchestrator.boltzmann_tables import tables, values, write_per_chain
+
+    found = analyse(
+        _open(place),
+        max_rmsd=MAX_RMSD if max_rmsd is None else max_rmsd,
+        max_rest=MAX_REST if max_rest is None else max_rest,
+        order=_stage_names(place),
+    )
+    if per_chain is not None:
+        n = write_per_chain(found, per_chain)
+        if not as_json:
+            print(f"{per_chain}: {n:,} chains\n")
+    if as_json:
+        _print_json(values(found))
+        return
+    from orchestrator.show import console as make_console
+
+    console = make_console()
+    for part in tables(found):
+        console.print(part, markup=False)
+
+
 def _stage_names(place: Path) -> list[str]:
     """Return a campaign's stages in its own order; none where its file is not to be had."""
     try:
@@ -734,7 +785,7 @@ def _saved(store: Store, campaign: Campaign) -> str:
 
 @app.command()
 def compact(place: Place) -> None:
-    """Take sealed shards into segments now (a run does this by itself)."""
+    """Take sealed shards into segments now, as a run does by itself."""
     from orchestrator.compact import compact as take_in
 
     store = _open(place)

@@ -29,10 +29,12 @@ PASS_BYTES = 128 << 20
 SEGMENT_ROWS = 1_000_000
 SEGMENT_BYTES = 256 << 20
 GRACE_S = 24 * 3600.0
-# Of more shards than these the oldest go sooner: a snapshot is read in minutes at most, and the
-# list of those taken in is part of every manifest.
+# Of more shards, or bytes, than these the oldest go sooner: a snapshot is read in minutes at most,
+# the list of those taken in is part of every manifest, and chains are large.
 KEPT_SHARDS = 20_000
+KEPT_BYTES = 512 << 20
 LEAST_GRACE_S = 900.0
+_ASKED_FILES = 2000
 STRAY_S = 48 * 3600.0
 
 
@@ -214,11 +216,20 @@ def _delete_old(store: Store, grace_s: float) -> None:
     live = {segment.file for segment in current.segments}
     known = live | current.superseded.keys()
     newest = sorted(current.consumed.values(), reverse=True)[:KEPT_SHARDS]
-    sooner = min(grace_s, LEAST_GRACE_S) if len(newest) == KEPT_SHARDS else grace_s
-    for name, since in [*current.consumed.items(), *current.superseded.items()]:
-        grace = sooner if name in current.consumed and since < newest[-1] else grace_s
-        if name not in live and now - since > grace:
-            (store.path / name).unlink(missing_ok=True)
+    sooner = min(grace_s, LEAST_GRACE_S)
+    many = len(newest) == KEPT_SHARDS
+    kept = 0
+    old = [*current.consumed.items(), *current.superseded.items()]
+    for name, since in sorted(old, key=lambda one: -one[1]):
+        if name in live:
+            continue
+        path = store.path / name
+        # Thousands of shards are small ones, and not worth a question each.
+        with contextlib.suppress(FileNotFoundError):
+            kept += path.stat().st_size if len(old) <= _ASKED_FILES else 0
+        early = kept > KEPT_BYTES or (many and name in current.consumed and since < newest[-1])
+        if now - since > (sooner if early else grace_s):
+            path.unlink(missing_ok=True)
     for folder in _written_folders(store):
         for entry in os.scandir(folder):
             name = str(Path(entry.path).relative_to(store.path))

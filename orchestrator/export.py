@@ -23,7 +23,15 @@ from orchestrator.errors import BasinError, StoreError, StoreFullError
 from orchestrator.schema import SCHEMA_VERSION, STATUSES, TABLES, Column
 from orchestrator.shard import TEMPORARY
 from orchestrator.store import Snapshot, Store
-from orchestrator.tables import Lookup, arrow_rows, arrow_schema, path_atoms, stream
+from orchestrator.tables import (
+    CHAIN_COLUMNS,
+    Lookup,
+    arrow_rows,
+    arrow_schema,
+    chain_atoms,
+    path_atoms,
+    stream,
+)
 
 if TYPE_CHECKING:
     import ase
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
 KINDS = ("parquet", "sdf", "extxyz", "hdf5")
 _ATTEMPTS = 3
 # Rows in memory at once; a row of frames holds a whole path.
-_STEP = {"frames": 256, "paths": 256, "single_points": 256, "generations": 256}
+_STEP = {"frames": 256, "paths": 256, "single_points": 256, "generations": 256, "chains": 4}
 _ROWS = 8192
 _SCALAR_CHUNK = 65536
 _STEP_CHUNK = 16384
@@ -57,7 +65,8 @@ def export(
     - ``parquet``: a folder with one file per table, or only ``table``.
     - ``sdf``: the relaxed geometries, or those of ``stage``, with bonds from the SMILES.
     - ``extxyz``: the same geometries for ASE; with ``frames`` the whole paths, with forces
-      where they were saved; for a diffusion stage its paths, with the diffusion step ``n``.
+      where they were saved; for a diffusion stage its paths, with the diffusion step ``n``, and for
+      a stage of chains their frames, with the ``step`` of each.
     - ``hdf5``: one file laid out like the store's segments, rows in the segments' order.
 
     Memory does not grow with the store beyond some hundred bytes a molecule. ``tell`` gets one
@@ -317,9 +326,9 @@ def _chosen(snapshot: Snapshot, stage: str | None) -> str:
     """Return the table whose geometries are meant."""
     stages = {
         table: set(snapshot.read(table, ["stage"])["stage"].strings())
-        for table in ("relaxations", "geometries")
+        for table in ("relaxations", "geometries", "chains")
     }
-    every = sorted(stages["relaxations"] | stages["geometries"])
+    every = sorted(set().union(*stages.values()))
     if stage is None:
         if stages["relaxations"]:
             return "relaxations"
@@ -353,6 +362,10 @@ def _geometries(
 ) -> Iterator[tuple[Rows, int, int, dict[str, Any]]]:
     """Yield (slice, row in it, row of its molecule or -1, what is known about the geometry)."""
     table = _chosen(snapshot, stage)
+    if table == "chains":
+        raise StoreError(
+            f"stage {stage!r} makes chains, which have no single geometry; add --frames for all"
+        )
     for rows in _stream(snapshot, table, _COLUMNS[table]):
         if stage is not None:
             rows = rows.take(rows["stage"].equals(stage))
@@ -499,8 +512,12 @@ def _extxyz(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell) -> No
 
 def _extxyz_paths(snapshot: Snapshot, path: Path, stage: str | None, tell: Tell) -> None:
     molecules = _molecules(snapshot)
-    if _chosen(snapshot, stage) != "relaxations":
+    table = _chosen(snapshot, stage)
+    if table == "geometries":
         _diffusion_paths(snapshot, path, str(stage), molecules)
+    elif table == "chains":
+        _chain_frames(snapshot, path, str(stage), molecules)
+    if table != "relaxations":
         return
     names = ["key", "stage", "level", "program", "numbers"]
     relaxations = Lookup(snapshot.read("relaxations", names))
@@ -561,7 +578,24 @@ def _diffusion_paths(snapshot: Snapshot, path: Path, stage: str, molecules: Look
                 _write_xyz(file, images)
                 written += 1
     if not written:
-        raise StoreError(f"stage {stage!r} keeps no paths; relaxations and diffusions do")
+        raise StoreError(f"stage {stage!r} keeps no paths; relaxations, diffusions and chains do")
+
+
+def _chain_frames(snapshot: Snapshot, path: Path, stage: str, molecules: Lookup) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for rows in _stream(snapshot, "chains", CHAIN_COLUMNS):
+            owners = molecules.find(rows["mol_key"]).tolist()
+            for row in np.flatnonzero(rows["stage"].equals(stage)).tolist():
+                about: dict[str, Any] = {
+                    "key": key_bytes(rows["key"][row]).hex(),
+                    "mol_key": key_bytes(rows["mol_key"][row]).hex(),
+                    "stage": stage,
+                }
+                if owners[row] >= 0:
+                    known = molecules.rows
+                    about["name"] = _text(known["name"], owners[row])
+                    about["smiles"] = _text(known["smiles"], owners[row])
+                _write_xyz(file, chain_atoms(rows, row, _comment(about)))
 
 
 def _write_xyz(file: Any, images: list[ase.Atoms]) -> None:

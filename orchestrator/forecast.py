@@ -105,7 +105,10 @@ class Forecast:
 
 def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
     """Return estimates per stage from a sample of the store's finished tasks."""
-    estimates = [Estimate(stage.kernel, stage.frames) for stage in plan.stages]
+    estimates = [Estimate(stage.kernel, stage.computed) for stage in plan.stages]
+    for stage in plan.stages:
+        if stage.leader >= 0:
+            estimates[stage.index] = estimates[stage.leader]
     if snapshot is None:
         return estimates
     atoms: dict[bytes, int] = {}
@@ -422,6 +425,8 @@ def forecast(campaign: Campaign, site: Site, *, exact: bool = False) -> Forecast
         planned, done = int(read.counts.planned[i]), int(read.counts.finished[i])
         by_time = math.ceil(left_s / campaign.run.bundle_time)
         bundles = max(by_time, math.ceil((planned - done) / MAX_ITEMS))
+        # One chain or path is one item, however long it takes.
+        bundles = min(bundles, planned - done)
         pool_s[stage.pool] += left_s
         pool_bundles[stage.pool] += bundles
         stages.append(

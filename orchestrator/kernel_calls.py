@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,8 @@ TORCH_THREADS = "BASIN_TORCH_THREADS"
 class Call:
     """What every item of a bundle has in common.
 
-    ``model``: name or file of the diffusion model; ``gpu``: whether it may run on one.
+    ``model``: name or file of the diffusion model; ``gpu``: whether it may run on one;
+    ``mpi_prefix``: what starts an MPI program on this bundle's nodes, empty where nothing does.
     """
 
     kernel: str
@@ -43,6 +44,7 @@ class Call:
     model: str = ""
     gpu: bool = False
     memory_limit: int = 0
+    mpi_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Payload:
     """What one item brings: the molecule, and the geometry to start from where there is one.
 
     numbers (N,) uint8, positions (N, 3) float64 in Å; frames (F, N, 3) float32 in Å, the path to
-    compute from its frame ``first`` on.
+    compute from its frame ``first`` on. ``settings``: its own, where they differ within a bundle.
     """
 
     smiles: str
@@ -63,6 +65,7 @@ class Payload:
     checkpoint: str
     frames: NDArray[np.float32] | None = None
     first: int = 0
+    settings: dict[str, Any] | None = None
 
 
 def batches(stage: Call, payloads: Sequence[Payload]) -> list[list[int]]:
@@ -75,6 +78,9 @@ def batches(stage: Call, payloads: Sequence[Payload]) -> list[list[int]]:
         return [[i] for i in range(len(payloads))]
     from kernels.diffusion.sizes import packed
 
+    if stage.kernel == "diffusion_chain":
+        # Frames go to files, so that only the network's own memory counts.
+        return packed(_sizes(stage, payloads), _GPU_PAIRS, mixed=True)
     most = _GPU_PAIRS if stage.gpu else _CPU_PAIRS[stage.kernel]
     mixed = stage.kernel == "diffuse" and _takes_any_size(stage.model)
     return packed(_sizes(stage, payloads), most, mixed=mixed)
@@ -106,7 +112,7 @@ def _sizes(stage: Call, payloads: Sequence[Payload]) -> list[int]:
 def prepare(stage: Call) -> None:
     """Load what all items need; raises KernelError where that is not what was planned."""
     if stage.model:
-        _model(stage.model, stage.settings["model"], stage.gpu)
+        load_model(stage.model, stage.settings["model"], stage.gpu)
 
 
 def call(
@@ -117,13 +123,12 @@ def call(
     ``weight`` is an item's share of the batch's time, 1 by default.
     """
     if stage.kernel in _BATCHED:
-        return _BATCHED[stage.kernel](stage, payloads)
+        return _BATCHED[stage.kernel](stage, payloads, stop)
     return [_KERNELS[stage.kernel](stage, payload, stop) for payload in payloads]
 
 
-def _done(
-    rows: dict[str, dict[str, Any]], nbytes: int, ladder: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def done(rows: dict[str, Any], nbytes: int, ladder: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the outcome of an item that went well: a row, or a list of them, by table."""
     return {"status": "ok", "message": "", "ladder": ladder, "rows": rows, "nbytes": nbytes}
 
 
@@ -143,7 +148,7 @@ def _embed(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         "numbers": made.numbers,
         "positions": made.positions,
     }
-    return _done({"geometries": row}, 300 + made.positions.nbytes)
+    return done({"geometries": row}, 300 + made.positions.nbytes)
 
 
 def _mmff(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -159,10 +164,10 @@ def _mmff(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, 
         "numbers": payload.numbers,
         "positions": made.positions,
     }
-    return _done({"geometries": row}, 300 + made.positions.nbytes)
+    return done({"geometries": row}, 300 + made.positions.nbytes)
 
 
-def _save(path: Path, arrays: dict[str, Any]) -> None:
+def save(path: Path, arrays: dict[str, Any]) -> None:
     """Save an open item's state; plain arrays, so that kernels need not know HDF5."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -186,7 +191,7 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
     return RelaxState.from_arrays(arrays), tried
 
 
-def _calculator_maker(wanted: dict[str, Any], payload: Payload) -> Callable[..., Calculator]:
+def calculator_maker(wanted: dict[str, Any], payload: Payload) -> Callable[..., Calculator]:
     """Return what makes an item's calculator, with the changed settings of a rung."""
     from kernels.calculators import make_calculator
 
@@ -238,15 +243,15 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         # A state that has just converged is a result; nothing is gained by saving it.
         finished = not stop() or now.fmax[-1] < settings.fmax
         if not finished or time.monotonic() - saved > stage.checkpoint_every:
-            _save(path, {**now.to_arrays(), "ladder": np.array(rungs, dtype=np.str_)})
+            save(path, {**now.to_arrays(), "ladder": np.array(rungs, dtype=np.str_)})
             saved = time.monotonic()
             kept = True
         return finished
 
-    done, tried = relax_with_ladder(
+    relaxed, tried = relax_with_ladder(
         payload.numbers,
         start,
-        _calculator_maker(wanted, payload),
+        calculator_maker(wanted, payload),
         settings,
         ladder(level, program),
         state=state,
@@ -256,7 +261,12 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
     )
     if not finished:
         return {"status": "open", "message": "", "ladder": tried}
-    energies, fmax, frames, forces = done.energies, done.fmax, done.frames, done.frame_forces
+    energies, fmax, frames, forces = (
+        relaxed.energies,
+        relaxed.fmax,
+        relaxed.frames,
+        relaxed.frame_forces,
+    )
     label = f"{program} {program_version(program)}"
     rows = {
         "relaxations": {
@@ -264,14 +274,16 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
             "program": label,
             "optimizer": wanted["optimizer"] + _HESSIANS[settings.initial_hessian],
             "n_atoms": len(payload.numbers),
-            "n_steps": done.steps,
-            "n_evaluations": done.n_evaluations,
+            "n_steps": relaxed.steps,
+            "n_evaluations": relaxed.n_evaluations,
             "initial_energy_eV": energies[0],
             "final_energy_eV": energies[-1],
             "fmax_eV_per_A": fmax[-1],
-            "connectivity_changed": any(map(len, changes(payload.numbers, start, done.positions))),
+            "connectivity_changed": any(
+                map(len, changes(payload.numbers, start, relaxed.positions))
+            ),
             "numbers": payload.numbers,
-            "positions": done.positions,
+            "positions": relaxed.positions,
         },
         "frames": {
             "energy_eV": energies,
@@ -280,16 +292,18 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
             "forces": np.zeros((0, 3)) if forces is None else forces,
         },
     }
-    return {**_done(rows, 600 + 16 * len(fmax) + frames.nbytes, tried), "checkpointed": kept}
+    return {**done(rows, 600 + 16 * len(fmax) + frames.nbytes, tried), "checkpointed": kept}
 
 
-def _failed(error: KernelError) -> dict[str, Any]:
+def failed(error: KernelError) -> dict[str, Any]:
+    """Return the outcome of an item that did not, and took no time."""
     assert error.status in STATUSES
     return {"status": error.status, "message": str(error), "ladder": (), "weight": 0.0}
 
 
 @lru_cache(maxsize=4)
-def _model(model: str, digest: str, gpu: bool) -> Model:
+def load_model(model: str, digest: str, gpu: bool) -> Model:
+    """Return a model, kept for the next call; raises InputError where it is not the planned one."""
     try:
         import torch
     except ImportError as error:
@@ -311,19 +325,21 @@ def _model(model: str, digest: str, gpu: bool) -> Model:
     return found
 
 
-def _batch_limit(stage: Call, model: Model) -> int | None:
+def batch_limit(stage: Call, model: Model) -> int | None:
     """Return the bytes that a batch may take; None where they are a GPU's, or not limited."""
     # Half of it: the library and the weights need some, and so does the path.
     return stage.memory_limit // 2 if stage.memory_limit and model.device.type == "cpu" else None
 
 
-def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
+def _diffuse(
+    stage: Call, payloads: Sequence[Payload], stop: Callable[[], bool]
+) -> list[dict[str, Any]]:
     from kernels.connectivity import changes
     from kernels.diffusion.process import DiffuseSettings, Start, diffuse
 
     settings = stage.settings
     n, protocol = settings["n"], settings["protocol"]
-    model = _model(stage.model, settings["model"], stage.gpu)
+    model = load_model(stage.model, settings["model"], stage.gpu)
     starts = []
     for payload in payloads:
         assert payload.numbers is not None
@@ -333,12 +349,12 @@ def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
         model,
         starts,
         DiffuseSettings(n=n, protocol=protocol),
-        memory_limit=_batch_limit(stage, model),
+        memory_limit=batch_limit(stage, model),
     )
     outcomes = []
     for start, made in zip(starts, results, strict=True):
         if isinstance(made, KernelError):
-            outcomes.append(_failed(made))
+            outcomes.append(failed(made))
             continue
         end = made.frames[-1].astype(np.float64)
         changed = any(map(len, changes(start.numbers, start.positions, end)))
@@ -363,20 +379,22 @@ def _diffuse(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
                 "positions": made.frames.reshape(-1, 3),
             },
         }
-        outcomes.append(_done(rows, 900 + made.frames.nbytes))
+        outcomes.append(done(rows, 900 + made.frames.nbytes))
     return outcomes
 
 
-def _generate(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
+def _generate(
+    stage: Call, payloads: Sequence[Payload], stop: Callable[[], bool]
+) -> list[dict[str, Any]]:
     from kernels.diffusion.generation import GenerateSettings, generate
 
-    model = _model(stage.model, stage.settings["model"], stage.gpu)
+    model = load_model(stage.model, stage.settings["model"], stage.gpu)
     settings = GenerateSettings(save_every=stage.settings["save_every"])
-    limit = _batch_limit(stage, model)
+    limit = batch_limit(stage, model)
     outcomes = []
     for made in generate(model, [p.seed for p in payloads], settings, memory_limit=limit):
         if isinstance(made, KernelError):
-            outcomes.append(_failed(made))
+            outcomes.append(failed(made))
             continue
         steps = model.schedule.steps
         measured = made.convergence
@@ -414,7 +432,7 @@ def _generate(stage: Call, payloads: Sequence[Payload]) -> list[dict[str, Any]]:
             },
         }
         nbytes = 1200 + made.frames.nbytes + 24 * len(made.levels)
-        outcomes.append({**_done(rows, nbytes), "weight": float(len(made.numbers) ** 2)})
+        outcomes.append({**done(rows, nbytes), "weight": float(len(made.numbers) ** 2)})
     return outcomes
 
 
@@ -426,12 +444,15 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
     assert payload.positions is not None
     wanted = stage.settings
     level, program = wanted["level"], wanted["program"]
-    path = payload.positions[None] if payload.frames is None else payload.frames.astype(float)
-    frames = path[payload.first :]
+    path = payload.positions[None] if payload.frames is None else payload.frames
+    chosen = np.arange(payload.first, len(path), wanted.get("every", 1))
+    # Not copied where all are computed: a chain may have many.
+    frames = path[payload.first :] if len(chosen) == len(path) else path[chosen]
     line = frames[:0]
     if wanted["line"] and len(frames) > 2:
         weights = np.linspace(0.0, 1.0, len(frames))[1:-1, None, None]
-        line = frames[0] + weights * (frames[-1] - frames[0])
+        first, last = frames[0].astype(float), frames[-1].astype(float)
+        line = first + weights * (last - first)
     saved_as = Path(payload.checkpoint)
     saved = time.monotonic()
     kept = finished = False
@@ -448,26 +469,29 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
         finished = now.done == len(now.energies)
         going_on = finished or not stop()
         if not going_on or (not finished and time.monotonic() - saved > stage.checkpoint_every):
-            _save(saved_as, now.to_arrays())
+            save(saved_as, now.to_arrays())
             saved = time.monotonic()
             kept = True
         return going_on
 
     points = single_points(
         payload.numbers,
-        np.concatenate([frames, line]),
-        _calculator_maker(wanted, payload),
+        np.concatenate([frames, line]) if len(line) else frames,
+        calculator_maker(wanted, payload),
         ladder(level, program),
         state=state,
         on_frame=on_frame,
+        keep_forces=wanted["save_forces"],
     )
     if not finished:
         return {"status": "open", "message": "", "ladder": points.ladder}
-    n, first = len(frames), payload.first
+    n = len(frames)
     energies, fmax = np.full(len(path), np.nan), np.full(len(path), np.nan)
-    energies[first:], fmax[first:] = points.energies[:n], points.fmax[:n]
-    forces = np.full(path.shape, np.nan)
-    forces[first:] = points.forces[:n]
+    energies[chosen], fmax[chosen] = points.energies[:n], points.fmax[:n]
+    forces = np.zeros((0, 3))
+    if wanted["save_forces"]:
+        forces = np.full(path.shape, np.nan)
+        forces[chosen] = points.forces[:n]
     ends = points.energies[[0, n - 1]]
     row = {
         "level": level,
@@ -475,19 +499,18 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
         "n_atoms": len(payload.numbers),
         "energy_eV": energies,
         "fmax_eV_per_A": fmax,
-        "forces": forces.reshape(-1, 3) if wanted["save_forces"] else np.zeros((0, 3)),
+        "forces": forces.reshape(-1, 3),
         "line_energy_eV": np.concatenate([ends[:1], points.energies[n:], ends[1:]])
         if len(line)
         else np.zeros(0),
     }
-    outcome = _done({"single_points": row}, 400 + 24 * len(path), points.ladder)
+    outcome = done({"single_points": row}, 400 + 24 * len(path), points.ladder)
     if points.problems:
         at, why = next(iter(points.problems.items()))
-        where = f"frame {at + first}" if at < n else f"point {at - n + 1} of the line"
+        where = f"frame {chosen[at]}" if at < n else f"point {at - n + 1} of the line"
         outcome["message"] = f"{len(points.problems)} of {len(points.energies)} without energy"
         outcome["message"] += f"; {where}: {why}"
-    if wanted["save_forces"]:
-        outcome["nbytes"] += forces.nbytes
+    outcome["nbytes"] += forces.nbytes
     return {**outcome, "checkpointed": kept}
 
 
@@ -515,18 +538,40 @@ def _rehearse(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[s
             pass
     elif seconds:
         time.sleep(seconds)
-    return _done({}, 100)
+    return done({}, 100)
 
 
-_KERNELS: dict[str, Callable[[Call, Payload, Callable[[], bool]], dict[str, Any]]] = {
+_Single: TypeAlias = Callable[[Call, Payload, Callable[[], bool]], dict[str, Any]]
+_Batch: TypeAlias = Callable[[Call, Sequence[Payload], Callable[[], bool]], list[dict[str, Any]]]
+
+
+def _chain(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
+    from orchestrator.chain_calls import KERNELS
+
+    return KERNELS[stage.kernel](stage, payload, stop)
+
+
+def _diffusion_chains(
+    stage: Call, payloads: Sequence[Payload], stop: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    from orchestrator.chain_calls import diffusion_chains
+
+    return diffusion_chains(stage, payloads, stop)
+
+
+_KERNELS: dict[str, _Single] = {
     "embed": _embed,
     "mmff": _mmff,
     "relax": _relax,
     "single_points": _single_points,
+    "metropolis": _chain,
+    "gaussian_chain": _chain,
+    "replica_exchange": _chain,
     "rehearse": _rehearse,
 }
 
-_BATCHED: dict[str, Callable[[Call, Sequence[Payload]], list[dict[str, Any]]]] = {
+_BATCHED: dict[str, _Batch] = {
     "diffuse": _diffuse,
     "generate": _generate,
+    "diffusion_chain": _diffusion_chains,
 }

@@ -168,8 +168,9 @@ def sources_digest(files: Sequence[Path], source: MoleculeSource) -> str:
     Where the files lie does not matter. Raises CampaignError for one that cannot be read.
     """
     digest = hashlib.sha256()
-    # Plans made before there were samples keep their digest.
-    settings = source.model_dump(exclude={"files"} | ({"samples"} if not source.samples else set()))
+    # Plans made before there were these fields keep their digest.
+    new = {name for name in ("samples", "flexible") if not getattr(source, name)}
+    settings = source.model_dump(exclude={"files", *new})
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for path in files:
         try:
@@ -212,7 +213,8 @@ def read_entries(
 
 def is_picky(source: MoleculeSource) -> bool:
     """Whether only some of the records are taken, by what they hold."""
-    return source.split is not None or bool(source.elements) or source.every > 1
+    some = source.split is not None or bool(source.elements) or source.flexible
+    return some or source.every > 1
 
 
 def read_records(files: Sequence[Path], source: MoleculeSource) -> Iterator[Record]:
@@ -249,14 +251,20 @@ def split_of(name: str) -> str:
 
 
 def _wanted(entry: Entry, source: MoleculeSource) -> bool:
-    """Whether a record is in the part and of the elements asked for; bad ones always are."""
+    """Whether a record is of the part, the elements and the kind asked for; bad ones always are."""
     if entry.molecule is None:
         return True
     if source.split is not None and split_of(entry.name) != source.split:
         return False
     known = _elements()
     allowed = {known[symbol] for symbol in source.elements}
-    return not allowed or allowed.issuperset(entry.molecule.numbers.tolist())
+    if allowed and not allowed.issuperset(entry.molecule.numbers.tolist()):
+        return False
+    if not source.flexible:
+        return True
+    from kernels.graph import is_flexible
+
+    return is_flexible(entry.molecule.smiles)
 
 
 def _check_file(path: Path, source: MoleculeSource) -> None:
@@ -846,11 +854,15 @@ def _archive_name(arrays: dict[str, NDArray[Any]], row: int) -> str:
 
 
 def _read_archive(path: Path, source: MoleculeSource) -> Iterator[Record]:
+    from kernels.graph import may_be_flexible
+
     arrays = _open_archive(path)
     for row in range(len(arrays["numbers"])):
         name = _archive_name(arrays, row)
         if source.split is not None and split_of(name) != source.split:
             continue  # before the perception of its bonds, which takes a while
+        if source.flexible and not may_be_flexible(arrays["numbers"][row]):
+            continue
         one = {label: array[row : row + 1] for label, array in arrays.items()}
         yield _record(path, row + 1, name, name, partial(_from_archive, one, source))
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,20 @@ from orchestrator.key_index import KeyIndex
 NO_KEY = bytes(16)
 # Kernels that make molecules or geometries instead of starting from one.
 FROM_NO_GEOMETRY = frozenset({"embed", "generate", "rehearse"})
+# Kernels that leave many geometries, and the table they are in.
+PATH_TABLES = {
+    "diffuse": "paths",
+    "generate": "paths",
+    "metropolis": "chains",
+    "gaussian_chain": "chains",
+    "diffusion_chain": "chains",
+}
+_RANDOM = frozenset(
+    {
+        *("embed", "generate", "metropolis", "gaussian_chain", "diffusion_chain"),
+        "replica_exchange",
+    }
+)
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -27,12 +41,18 @@ def canonical(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def chain_key(task: bytes, rung: int) -> bytes:
+    """Return the 16-byte key of one of the chains (from 0) of a task that makes several."""
+    return hashlib.sha256(task + b"rung" + rung.to_bytes(4, "little")).digest()[:16]
+
+
 class Item(NamedTuple):
     """One task on its way to a worker; ``hint`` is the shard that holds its parent's result.
 
     ``losses``: workers that died while it ran alone; ``suspected``: worker pools that died while
     it was there with others; ``cuts``: blocks that ended while it ran, and left nothing of it;
-    ``waits``: times that too little was left of a block to begin it.
+    ``waits``: times that too little was left of a block to begin it;
+    ``stage``: its stage, where bundles mix those of several stages, else -1.
     """
 
     key: bytes
@@ -48,6 +68,7 @@ class Item(NamedTuple):
     suspected: int = 0
     cuts: int = 0
     waits: int = 0
+    stage: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +76,10 @@ class StagePlan:
     """One stage: the part of its tasks' keys that they share, and how they are run.
 
     ``model``: name or file of the diffusion model, whose digest stands in the settings; ``frames``:
-    geometries that one task makes or computes; ``along_path``: whether it starts from a path, and
-    ``settled_only`` from that part alone where no element changes any more.
+    geometries that one task leaves behind, and ``computed`` that it computes; ``along_path``:
+    whether it starts from a path or chain, which is in ``path_table``, and ``settled_only`` from
+    that part alone where no element changes any more; ``leader``: the first of the stages whose
+    items run together with this one's, -1 where there are none.
     """
 
     index: int
@@ -75,6 +98,9 @@ class StagePlan:
     frames: int = 1
     along_path: bool = False
     settled_only: bool = False
+    computed: int = 1
+    path_table: str = ""
+    leader: int = -1
 
     def key(self, origin: bytes, conformer: int) -> bytes:
         """Return the 16-byte key of the task that starts from ``origin``.
@@ -92,7 +118,7 @@ def _stage_plan(
     campaign: Campaign, index: int, stage: Stage, parent: int, before: StagePlan | None
 ) -> StagePlan:
     settings = stage.settings()
-    if stage.kernel in ("embed", "generate") or settings.get("protocol") == "published":
+    if stage.kernel in _RANDOM or settings.get("protocol") == "published":
         settings = {**settings, "seed": campaign.seed}
     programs = stage.programs()
     determines = {
@@ -101,13 +127,15 @@ def _stage_plan(
         "settings": settings,
         "programs": programs,
     }
-    model = getattr(stage, "model", ("",))[0]
+    model = next(iter(getattr(stage, "model", ())), "")
     label = f"{stage.kernel} {stage.kernel_version}"
     if programs:
         label += f" ({', '.join(f'{name} {version}' for name, version in programs.items())})"
     elif model:
         label += f" ({stage.words()})"
-    along_path = stage.kernel == "single_points" and before is not None and before.model != ""
+    path_table = PATH_TABLES.get(before.kernel, "") if before is not None else ""
+    along_path = stage.kernel == "single_points" and path_table != ""
+    frames = before.frames if along_path and before else stage.frames
     return StagePlan(
         index=index,
         name=stage.name,
@@ -122,10 +150,26 @@ def _stage_plan(
         memory_limit=stage.memory_limit,
         words=stage.words(),
         model=model,
-        frames=before.frames if along_path and before else stage.frames,
+        frames=frames,
         along_path=along_path,
         settled_only=along_path and before is not None and before.kernel == "generate",
+        computed=-(-frames // getattr(stage, "every", 1)) if along_path else stage.computed,
+        path_table=path_table if along_path else "",
     )
+
+
+def _run_together(stages: list[StagePlan]) -> list[StagePlan]:
+    """Return the stages, those of them led whose chains can share the calls of a network."""
+    leaders: dict[bytes, int] = {}
+    made: list[StagePlan] = []
+    for stage in stages:
+        if stage.kernel == "diffusion_chain":
+            alike = {k: v for k, v in stage.settings.items() if k not in ("n", "repeat")}
+            limits = {"pool": stage.pool, "time": stage.time_limit, "memory": stage.memory_limit}
+            leader = leaders.setdefault(canonical({**alike, **limits}), stage.index)
+            stage = replace(stage, leader=leader)
+        made.append(stage)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +202,7 @@ class Plan:
                     )
             names[stage.name] = index
             self.stages.append(plan)
+        self.stages = _run_together(self.stages)
         self.children = [
             [child.index for child in self.stages if child.parent == parent.index]
             for parent in self.stages
@@ -165,6 +210,12 @@ class Plan:
         self.depth: list[int] = []
         for plan in self.stages:
             self.depth.append(self.depth[plan.parent] + 1 if plan.parent >= 0 else 0)
+
+    def siblings(self, stage: StagePlan) -> tuple[StagePlan, ...]:
+        """Return the stages whose items share bundles with this one's, itself included."""
+        if stage.leader < 0:
+            return ()
+        return tuple(other for other in self.stages if other.leader == stage.leader)
 
     @property
     def from_files(self) -> bool:
@@ -249,6 +300,7 @@ def standing(plan: Plan, roots: list[Root], index: KeyIndex) -> Standing:
                         root.charge,
                         root.multiplicity,
                         root.n_atoms,
+                        stage=s if stage.leader >= 0 else -1,
                     )
                 )
     return result

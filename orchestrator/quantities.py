@@ -16,7 +16,12 @@ from typing import Annotated, Final
 
 from pydantic import BeforeValidator
 
-from kernels.units import BOHR_TO_ANGSTROM, HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM, KCAL_TO_EV
+from kernels.units import (
+    BOHR_TO_ANGSTROM,
+    HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM,
+    HARTREE_TO_EV,
+    KCAL_TO_EV,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +34,15 @@ class Dimension:
     examples: tuple[str, ...]
 
     @property
+    def article(self) -> str:
+        """What goes before the name."""
+        return "an" if self.name[0] in "aeiou" else "a"
+
+    @property
     def expected(self) -> str:
         """What to write, for the end of an error message."""
         *most, last = self.examples
-        return f"write a {self.name}, such as {', '.join(most)} or {last}"
+        return f"write {self.article} {self.name}, such as {', '.join(most)} or {last}"
 
 
 class QuantityError(ValueError):
@@ -112,7 +122,19 @@ LENGTH: Final = Dimension(
     ("0.2", '"0.2 Å"', '"0.4 bohr"'),
 )
 TEMPERATURE: Final = Dimension("temperature", "K", _spell(1.0, "K", "kelvin"), ("300", '"300 K"'))
-DIMENSIONS: Final = (TIME, MEMORY, FORCE, LENGTH, TEMPERATURE)
+ENERGY: Final = Dimension(
+    "energy",
+    "eV",
+    {
+        **_spell(1.0, "eV"),
+        **_spell(1e-3, "meV"),
+        **_spell(KCAL_TO_EV, "kcal/mol", "kcal*mol^-1"),
+        **_spell(KCAL_TO_EV / 4.184, "kJ/mol", "kJ*mol^-1"),
+        **_spell(HARTREE_TO_EV, "Ha", "Eh", "Hartree"),
+    },
+    ("2", '"2 eV"', '"50 kcal/mol"'),
+)
+DIMENSIONS: Final = (TIME, MEMORY, FORCE, LENGTH, TEMPERATURE, ENERGY)
 
 # Real units of other dimensions, known only so that a message can say what was written.
 _FOREIGN: Final[Mapping[str, str]] = {
@@ -121,7 +143,7 @@ _FOREIGN: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("°C", "C", "°F"), "a temperature that is not in kelvin"),
 }
-_WITH_ARTICLE: Final[Mapping[str, str]] = {d.name: f"a {d.name}" for d in DIMENSIONS}
+_WITH_ARTICLE: Final[Mapping[str, str]] = {d.name: f"{d.article} {d.name}" for d in DIMENSIONS}
 
 _NUMBER_AND_UNIT: Final = re.compile(
     r"\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*?)\s*", re.DOTALL
@@ -139,7 +161,7 @@ def parse_quantity(value: object, dimension: Dimension) -> float:
     are not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise QuantityError(f"is not a {dimension.name}; {dimension.expected}")
+        raise QuantityError(f"is not {dimension.article} {dimension.name}; {dimension.expected}")
     if isinstance(value, str):
         number, unit = _split(value, dimension)
         factor = _factor(unit, dimension)
@@ -227,7 +249,9 @@ def _factor(unit: str, dimension: Dimension) -> float:
         (_WITH_ARTICLE[d.name] for d in DIMENSIONS if _look_up(plain, d) is not None), None
     )
     if other is not None:
-        raise QuantityError(f"is {other}, and a {dimension.name} is needed; {dimension.expected}")
+        raise QuantityError(
+            f"is {other}, and {_WITH_ARTICLE[dimension.name]} is needed; {dimension.expected}"
+        )
     near = [_MEANT.get(plain, "")] if _MEANT.get(plain) in dimension.units else []
     near = near or difflib.get_close_matches(plain, dimension.units, n=1, cutoff=0.5)
     hint = f' (nearest: "{near[0]}")' if near else ""
@@ -244,3 +268,4 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), MEMORY]
 Force = Annotated[float, _validator(FORCE), FORCE]
 Length = Annotated[float, _validator(LENGTH), LENGTH]
 Temperature = Annotated[float, _validator(TEMPERATURE), TEMPERATURE]
+Energy = Annotated[float, _validator(ENERGY), ENERGY]

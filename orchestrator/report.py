@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.units import EV_TO_KCAL
-from orchestrator import report_diffusion
+from orchestrator import report_boltzmann, report_diffusion
+from orchestrator.boltzmann import Boltzmann
 from orchestrator.columns import Category, Rows, Varlen, key_bytes
 from orchestrator.counts import StageCounts
 from orchestrator.drawing import (
@@ -42,6 +45,9 @@ _SHOWN_FAILURES = 50
 _CARDS = 4
 _DRAWN = 4000
 _PAUSE_S = 60.0
+# Stages made of one by a list of temperatures or steps share a row where they are more than this.
+_LADDER = 4
+_RUNG = re.compile(r"-(\d+|[\d.]+K)(-r\d+)?$")
 _BINS = 200
 
 _TASKS = (
@@ -64,6 +70,7 @@ class _Facts:
 
     store: Store
     diffusion: Diffusion
+    boltzmann: Boltzmann | None
     tasks: Rows
     relaxations: Rows
     geometries: Rows
@@ -101,11 +108,14 @@ class _Facts:
         return self.relax_stages()[-1]
 
 
-def _gather(store: Store, diffusion: Diffusion) -> _Facts:
+def _gather(store: Store, diffusion: Diffusion, order: Sequence[str] = ()) -> _Facts:
+    boltzmann = report_boltzmann.gather(store, order)
+
     def read(snapshot: Snapshot) -> _Facts:
         return _Facts(
             store,
             diffusion,
+            boltzmann,
             snapshot.read("tasks", _TASKS),
             snapshot.read("relaxations", _RELAXATIONS),
             snapshot.read("geometries", ["stage", "method", "n_steps"]),
@@ -153,6 +163,35 @@ def _derived_counts(facts: _Facts) -> list[StageCounts]:
     return counts
 
 
+def _families(stages: Sequence[str]) -> dict[str, str]:
+    """Return what to call each stage in a table: stages of one long ladder go by one name."""
+    bare = {name: _RUNG.sub("", name) for name in stages}
+    many = Counter(bare.values())
+    return {
+        name: name if many[short] <= _LADDER else f"{short} ({many[short]} stages)"
+        for name, short in bare.items()
+    }
+
+
+def _folded(counts: Sequence[StageCounts]) -> list[StageCounts]:
+    """Return the counts with those of one ladder's stages added up."""
+    names = _families([row.stage for row in counts])
+    groups: dict[str, list[StageCounts]] = {}
+    for row in counts:
+        groups.setdefault(names[row.stage], []).append(row)
+    return [
+        StageCounts(
+            name,
+            sum(row.planned for row in rows),
+            sum(row.ok for row in rows),
+            sum(row.failed for row in rows),
+            sum(row.upstream for row in rows),
+            sum(row.waiting for row in rows),
+        )
+        for name, rows in groups.items()
+    ]
+
+
 def _failure_classes(facts: _Facts) -> list[tuple[str, str, int]]:
     """Return (stage, class, how many) of the failures, the most frequent first."""
     stage, status = facts.tasks["stage"], facts.tasks["status"]
@@ -184,7 +223,11 @@ def _failures_clause(facts: _Facts) -> str:
 
 
 def _findings(facts: _Facts) -> list[str]:
-    return _about_relaxations(facts) + report_diffusion.sentences(facts.diffusion)
+    return (
+        _about_relaxations(facts)
+        + report_diffusion.sentences(facts.diffusion)
+        + report_boltzmann.sentences(facts.boltzmann)
+    )
 
 
 def _about_relaxations(facts: _Facts) -> list[str]:
@@ -305,11 +348,13 @@ def _elapsed(moments: Floats, at: Floats) -> Floats:
 
 def _stage_times(facts: _Facts) -> list[dict[str, str]]:
     tasks = facts.tasks
+    order = [name for name in _stage_order(tasks) if name != _READING]
+    masks: dict[str, NDArray[np.bool_]] = {}
+    for stage, name in _families(order).items():
+        mine = tasks["stage"].equals(stage)
+        masks[name] = masks[name] | mine if name in masks else mine
     lines = []
-    for name in _stage_order(tasks):
-        here = tasks["stage"].equals(name)
-        if name == _READING:
-            continue
+    for name, here in masks.items():
         cpu, wall = tasks["cpu_s"][here], tasks["wall_s"][here]
         started = tasks["started_s"][here]
         lines.append(
@@ -666,7 +711,10 @@ def _methods(facts: _Facts) -> list[list[str]]:
 def _kernels(facts: _Facts) -> list[list[str]]:
     order = _stage_order(facts.tasks)
     found = [words for words, _ in _groups(facts.tasks, ("stage", "kernel"))]
-    return sorted(found, key=lambda words: order.index(words[0]))
+    found.sort(key=lambda words: order.index(words[0]))
+    names = _families(order)
+    folded = dict.fromkeys((names[stage], kernel) for stage, kernel in found)
+    return [list(words) for words in folded]
 
 
 # --- the page ---------------------------------------------------------------------------------
@@ -711,7 +759,10 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
             _cost_figure(facts, stages),
         ]
         timeline = _busy_figure(busy)
-        diffused = report_diffusion.section(facts.diffusion)
+        sections = [
+            report_diffusion.section(facts.diffusion),
+            report_boltzmann.section(facts.boltzmann),
+        ]
     failed = int((~tasks["status"].equals("ok")).sum())
     return {
         "name": facts.store.name,
@@ -719,9 +770,9 @@ def _context(facts: _Facts, counts: Sequence[StageCounts] | None) -> dict[str, A
         "path": str(facts.store.path),
         "written": _utc(time.time()),
         "findings": _findings(facts),
-        "diffusion": diffused,
+        "sections": sections,
         "planned_known": counts is not None,
-        "counts": list(counts) if counts is not None else _derived_counts(facts),
+        "counts": _folded(counts if counts is not None else _derived_counts(facts)),
         "energy": [picture for picture in energy if picture],
         "effort": [picture for picture in effort if picture],
         "timeline": timeline,
@@ -767,9 +818,10 @@ def write_report(
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.jinja")
+    order = [row.stage for row in counts or ()]
     if diffusion is None:
-        diffusion = report_diffusion.gather(store, [row.stage for row in counts or ()])
-    html = page.render(_context(_gather(store, diffusion), counts))
+        diffusion = report_diffusion.gather(store, order)
+    html = page.render(_context(_gather(store, diffusion, order), counts))
     target = Path(target).absolute()
     write_whole(target, html.encode("utf-8", "replace"))
     return target

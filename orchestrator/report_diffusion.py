@@ -658,6 +658,7 @@ def section(found: Diffusion) -> dict[str, Any]:
         "wide": [picture for picture in wide if picture],
         "pairs": pairs,
         "tables": tables,
+        "details": [],
         "words": _WORDS,
         "note": note,
         "title": title,

@@ -623,6 +623,7 @@ class Driver:
                 crash_limit=self.campaign.run.crash_limit,
                 estimates=np.array(seconds, np.float32).tobytes(),
                 control_every=max(1.0, workers / CONTROL_READS_S),
+                siblings=self.plan.siblings(stage),
                 alone=any(item.suspected >= SUSPECT_LIMIT for item in items),
             )
             self._flying[bundle.id] = bundle
@@ -674,7 +675,7 @@ class Driver:
             elif code == TOO_LONG:
                 self._defer(stage, item)
             elif code == CUT_OFF:
-                self._cut_off(bundle.stage, item)
+                self._cut_off(bundle.stage_of(item), item)
             elif code == NO_PARENT:
                 self._orphans.append((stage, item))
             else:
@@ -776,9 +777,9 @@ class Driver:
         if verdict.walltime and ran is not None:
             for item in rest:
                 if item.key in ran.keys and not self._came_further(item, ran.since_s):
-                    self._cut_off(bundle.stage, item)
+                    self._cut_off(bundle.stage_of(item), item)
                 elif item.key in ran.keys:
-                    self.stream.push(bundle.stage.index, item)
+                    self.stream.push(bundle.stage_of(item).index, item)
             rest = [item for item in rest if item.key not in ran.keys]
         if rest:
             self.stream.again.append((bundle.stage.index, rest))
@@ -858,7 +859,7 @@ class Driver:
                     f"its worker was lost {item.losses} times while it ran alone "
                     f"({verdict.words}; {error})"
                 )
-                self._set_aside(bundle.stage, item, "lost", words, item.losses)
+                self._set_aside(bundle.stage_of(item), item, "lost", words, item.losses)
             else:
                 self.stream.again.append((stage, [item]))
         elif rest:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.run import Progress
     from orchestrator.train import TrainProgress
 
+_STAGES_IN_LINE = 8
 _LIVE_EVERY_S = 0.5
 _PLAIN_EVERY_S = 10.0
 # A log that is written for days shall not be all progress.
@@ -207,10 +208,19 @@ class Shower:
 
 
 def _line(progress: Progress) -> str:
+    shown = progress.stages
+    if len(shown) > _STAGES_IN_LINE:
+        # Of a whole ladder only what moves.
+        shown = [c for c in shown if 0 < c.ok + c.failed + c.upstream < c.planned]
+        done = sum(0 < c.planned == c.ok + c.failed + c.upstream for c in progress.stages)
+        rest = f"{done} of {len(progress.stages)} stages done"
     stages = " | ".join(
         f"{c.stage} {c.ok}/{c.planned}" + (f" ({c.failed} failed)" if c.failed else "")
-        for c in progress.stages
+        for c in shown[:_STAGES_IN_LINE]
     )
+    if len(progress.stages) > _STAGES_IN_LINE:
+        more = " | ..." if len(shown) > _STAGES_IN_LINE else ""
+        stages = f"{rest}{' | ' if stages else ''}{stages}{more}"
     more = "" if progress.complete_plan else "+"
     return (
         f"[{duration(progress.elapsed_s)}] {stages} of {progress.entries}{more} entries; "

@@ -128,16 +128,19 @@ def _find_root(
     text = what.strip().lower()
     if len(text) >= 6 and set(text) <= set("0123456789abcdef"):
         low, high = (key_array([bytes.fromhex((text + pad * 32)[:32])])[0] for pad in ("0", "f"))
-        for name in ("tasks", "molecules"):
-            rows = store.read(name, ["key", "mol_key"] if name == "tasks" else ["key"])
+        columns = {"tasks": ["key", "mol_key"], "chains": ["key", "mol_key", "task_key"]}
+        for name in ("tasks", "chains", "molecules"):
+            rows = store.read(name, columns.get(name, ["key"]))
             keys = rows["key"]
             hit = (keys[:, 0] >= low[0]) & (keys[:, 0] <= high[0])
             if len(text) > 16:
                 hit &= (keys[:, 1] >= low[1]) & (keys[:, 1] <= high[1])
             for row in np.flatnonzero(hit).tolist():
-                owner = rows["mol_key"][row] if name == "tasks" else keys[row]
-                if name == "tasks":
-                    wanted_key = key_bytes(keys[row])
+                owner = rows["mol_key"][row] if name in columns else keys[row]
+                if name in columns:
+                    # Of the chains of a replica exchange, the task that made them all.
+                    made = rows["task_key"] if name == "chains" else keys
+                    wanted_key = key_bytes(made[row])
                 mol_keys.add(key_bytes(owner))
         if not mol_keys and len(text) == 32:
             wanted_key = bytes.fromhex(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -20,9 +21,12 @@ FIRST_ITEMS = 16
 _MEASURED_ITEMS = 16
 # Of a molecule that is still to be made.
 _USUAL_ATOMS = 20
+# Chains whose steps share the calls of a network, and how long (s) they are waited for.
+MOST_TOGETHER = 256
+_HOLD_S = 20.0
 # Growth of cost with the number of atoms, and a first guess in seconds at 20 atoms (of each frame
-# of a path): measured for RDKit, GFN2-xTB and a network of 4 layers, replaced by what finished
-# tasks say as soon as there are some.
+# of a path, or step of a chain): measured for RDKit, GFN2-xTB and a network of 4 layers, replaced
+# by what finished tasks say as soon as there are some.
 _COST = {
     "embed": (2.6, 0.002),
     "mmff": (2.6, 0.003),
@@ -30,8 +34,17 @@ _COST = {
     "diffuse": (2.0, 0.005),
     "single_points": (2.0, 0.006),
     "generate": (0.0, 0.005),
+    "metropolis": (2.0, 0.004),
+    "gaussian_chain": (2.0, 0.004),
+    "replica_exchange": (2.0, 0.004),
+    "diffusion_chain": (2.0, 0.0015),
     "rehearse": (0.0, 0.001),
 }
+
+
+def _own(stage: int, item: Item) -> int:
+    """Return the stage of an item from a bundle of ``stage``, which may hold those of others."""
+    return item.stage if item.stage >= 0 else stage
 
 
 class Estimate:
@@ -87,6 +100,10 @@ class Stream:
         # At most about as many items as a full chunk of single conformers gives.
         self._slice = max(1, ingest.CHUNK // max(self._per_root))
         self.plan_complete = False
+        # Stages whose items run together share the queue of the first of them.
+        self._queue = [s.index if s.leader < 0 else s.leader for s in plan.stages]
+        self._arrived = [0.0] * n
+        self._leaders = sorted({s.leader for s in plan.stages if s.leader >= 0})
         self.ready: list[deque[Item]] = [deque() for _ in range(n)]
         self.ready_s = [0.0] * n
         self.again: deque[tuple[int, list[Item]]] = deque()
@@ -169,26 +186,38 @@ class Stream:
 
     def push(self, stage: int, item: Item) -> None:
         """Put one ready item in its stage's queue."""
-        self.ready[stage].append(item)
-        self.ready_s[stage] += self.estimates[stage].seconds(item.n_atoms)
+        queue = self._queue[stage]
+        self._arrived[queue] = time.monotonic()
+        self.ready[queue].append(item)
+        self.ready_s[queue] += self.estimates[queue].seconds(item.n_atoms)
 
     def finished(self, stage: int, item: Item, ok: bool, shard: str) -> None:
         """Count a finished item and release what was waiting for it."""
+        stage = _own(stage, item)
         if not ok:
             self.failed[stage] += 1
             self._cut(stage, item.key, item.conformer)
             return
         self.ok[stage] += 1
         for child in self.plan.children[stage]:
-            key = self.plan.stages[child].key(item.key, item.conformer)
+            child_plan = self.plan.stages[child]
+            key = child_plan.key(item.key, item.conformer)
             next_item = item._replace(
-                key=key, parent_key=item.key, hint=shard, losses=0, suspected=0, cuts=0, waits=0
+                key=key,
+                parent_key=item.key,
+                hint=shard,
+                losses=0,
+                suspected=0,
+                cuts=0,
+                waits=0,
+                stage=child if child_plan.leader >= 0 else -1,
             )
             if self._index.get(*key_words(key)) == ABSENT:
                 self.push(child, next_item)
 
     def reopen(self, stage: int, item: Item) -> None:
         """Take back a failure that has been counted, and have the item computed again."""
+        stage = _own(stage, item)
         self.failed[stage] -= 1
         self._cut(stage, item.key, item.conformer, back=True)
         self.push(stage, item)
@@ -215,20 +244,53 @@ class Stream:
         """Return the next bundle for a pool, or None when nothing is ready for it.
 
         Later stages come first, so that molecules are finished before new ones are begun; a
-        stage with less than a bundle's worth waits while another has more.
+        stage with less than a bundle's worth waits while another has more. What chains that run
+        together still wait for goes before all.
         """
         for _ in range(len(self.again)):
             stage, items = self.again.popleft()
             if self.plan.stages[stage].pool == pool:
                 return self.plan.stages[stage], items
             self.again.append((stage, items))
-        mine = [s for s in self.plan.stages if s.pool == pool and self.ready[s.index]]
+        mine = [
+            s
+            for s in self.plan.stages
+            if s.pool == pool and self.ready[s.index] and not self._more_to_come(s)
+        ]
         if not mine:
             return None
-        mine.sort(key=lambda s: -self.plan.depth[s.index])
-        full = [s for s in mine if self._enough(s.index, target_s)]
+        before_chains = self._before_chains()
+        mine.sort(key=lambda s: (s.index not in before_chains, -self.plan.depth[s.index]))
+        full = [s for s in mine if self._enough(s.index, target_s) or s.index in before_chains]
         stage_plan = full[0] if full else max(mine, key=lambda s: self.ready_s[s.index])
         return stage_plan, self._cut_bundle(stage_plan.index, target_s, workers)
+
+    def _before_chains(self) -> set[int]:
+        """Return the stages that lead to chains that run together, while those are too few."""
+        found: set[int] = set()
+        for leader in self._leaders:
+            if len(self.ready[leader]) < MOST_TOGETHER:
+                for stage in self.plan.siblings(self.plan.stages[leader]):
+                    parent = stage.parent
+                    while parent >= 0:
+                        found.add(parent)
+                        parent = self.plan.stages[parent].parent
+        return found
+
+    def _more_to_come(self, stage: StagePlan) -> bool:
+        """Tell whether chains wait for others that would share the calls of their network."""
+        if stage.leader < 0 or len(self.ready[stage.index]) >= MOST_TOGETHER:
+            return False
+        if time.monotonic() - self._arrived[stage.index] > _HOLD_S:
+            return False
+        if not self.exhausted:
+            return True
+        parents = {other.parent for other in self.plan.siblings(stage)}
+        return any(
+            self.planned(p) > self.ok[p] + self.failed[p] + self.upstream[p]
+            for p in parents
+            if p >= 0
+        )
 
     def _enough(self, stage: int, target_s: float) -> bool:
         return self.ready_s[stage] >= target_s or len(self.ready[stage]) >= MAX_ITEMS
@@ -248,6 +310,10 @@ class Stream:
             ordered = sorted(self.ready[stage], key=lambda item: -item.n_atoms)
             self.ready[stage] = deque(ordered)
         queue = self.ready[stage]
+        if self.plan.stages[stage].leader >= 0:
+            # What a worker can compute together goes to it together, whatever that takes.
+            count = min(MOST_TOGETHER, -(-len(queue) // max(1, workers)))
+            return [queue.popleft() for _ in range(count)]
         items: list[Item] = []
         seconds = 0.0
         while queue and len(items) < most:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _SHOWN = 5
-_BOOLEAN = "connectivity_changed"
+_BOOLEANS = frozenset({"connectivity_changed", "diverged"})
 
 # SQL only: what an analyst would otherwise type in every second query.
 _RELAXATION = "relaxation_kcal_per_mol"
@@ -30,6 +30,10 @@ _DERIVED = {
     "relaxations": {_RELAXATION: ("initial_energy_eV", "final_energy_eV")},
 }
 _STEP = "step"
+# Tables with a row per chain, and what SQL calls their series with a row per step.
+_STEPS_OF = {"chain_steps": "chains"}
+_OF_EACH_STEP = ("key", "mol_key", "stage", "kind", "temperature_K", "n", "repeat")
+SQL_TABLES = (*TABLES, *_STEPS_OF)
 
 
 # --- columns as Arrow -------------------------------------------------------------------------
@@ -43,7 +47,7 @@ def arrow_type(column: Column) -> pyarrow.DataType:
         return pa.large_string()
     if column.kind == "category":
         return pa.dictionary(pa.uint32(), pa.string())
-    if column.name == _BOOLEAN:
+    if column.name in _BOOLEANS:
         return pa.bool_()
     value = pa.from_numpy_dtype(np.dtype(column.dtype))
     if column.kind == "ragged":
@@ -101,7 +105,7 @@ def arrow_array(column: Column, values: Values) -> pyarrow.Array:
         return pa.LargeListArray.from_arrays(pa.array(ptr), flat)
     if column.kind == "key":
         return hexadecimal(values)
-    if column.name == _BOOLEAN:
+    if column.name in _BOOLEANS:
         return pa.array(values.astype(bool))
     return pa.array(values, from_pandas=True)
 
@@ -216,9 +220,12 @@ def sql_columns(table: str, *, ragged: bool) -> dict[str, pyarrow.DataType]:
     """Return the columns that a table has in SQL, with their types."""
     import pyarrow as pa
 
-    schema = TABLES[table]
+    schema = TABLES[_STEPS_OF.get(table, table)]
     if series := _series(table):
-        plain = {c.name: arrow_type(c) for c in schema.columns if c.kind != "ragged"}
+        wanted = _OF_EACH_STEP if table in _STEPS_OF else [c.name for c in schema.columns]
+        plain = {
+            c.name: arrow_type(c) for c in schema.columns if c.kind != "ragged" and c.name in wanted
+        }
         along = {c.name: pa.from_numpy_dtype(np.dtype(c.dtype)) for c in series}
         return {**plain, _STEP: pa.int32(), **along}
     columns = {c.name: arrow_type(c) for c in schema.columns if ragged or c.kind != "ragged"}
@@ -228,7 +235,10 @@ def sql_columns(table: str, *, ragged: bool) -> dict[str, pyarrow.DataType]:
 
 def _series(table: str) -> list[Column]:
     """Return the columns with a value per frame; a table that has them has a row per frame."""
-    return [c for c in TABLES[table].columns if c.kind == "ragged" and c.pointer == _STEP]
+    if table in _STEPS_OF.values():
+        return []
+    columns = TABLES[_STEPS_OF.get(table, table)].columns
+    return [c for c in columns if c.kind == "ragged" and c.pointer == _STEP]
 
 
 class _Source:
@@ -243,7 +253,7 @@ class _Source:
         """Return the named columns."""
         missing = [name for name in names if name not in self._arrays]
         if missing:
-            read = self._frames if _series(self._table) else self._plain
+            read = self._by_frame if _series(self._table) else self._plain
             self._arrays.update(read(missing))
         return [self._arrays[name] for name in names]
 
@@ -261,14 +271,14 @@ class _Source:
                 found[name] = pa.array((rows[before] - rows[after]) * EV_TO_KCAL, from_pandas=True)
         return found
 
-    def _frames(self, names: list[str]) -> dict[str, pyarrow.Array]:
+    def _by_frame(self, names: list[str]) -> dict[str, pyarrow.Array]:
         import pyarrow as pa
 
         series = [column.name for column in _series(self._table)]
         stored = [name for name in names if name != _STEP]
         if series[0] not in stored:
             stored.append(series[0])
-        rows = self._snapshot.read(self._table, stored)
+        rows = self._snapshot.read(_STEPS_OF.get(self._table, self._table), stored)
         ptr = rows[series[0]].ptr
         lengths = np.diff(ptr)
         owner = np.repeat(np.arange(len(rows)), lengths)
@@ -323,11 +333,12 @@ def _dataset(source: _Source, schema: pyarrow.Schema, problems: list[Exception])
 def query(store: Store, sql: str) -> pyarrow.Table:
     """Answer one SELECT over the tables, in DuckDB's SQL.
 
-    Tables: molecules, geometries, relaxations, paths, tasks, and, with a row per frame numbered by
-    ``step``, frames, single_points and generations. Keys are 32 hexadecimal digits, missing values
-    are null. Beyond the stored columns there is ``relaxation_kcal_per_mol``, the energy that a
-    relaxation or a force-field optimisation gained. ``numbers`` and ``positions`` are lists, and
-    there only in a query that names them. Nothing outside the store can be read, and nothing can
+    Tables: molecules, geometries, relaxations, paths, chains, tasks, and, with a row per frame
+    numbered by ``step``, frames, single_points, generations and chain_steps, the energies of
+    chains. Keys are 32 hexadecimal digits, missing values are null. Beyond the stored columns there
+    is ``relaxation_kcal_per_mol``, the energy that a relaxation or a force-field optimisation
+    gained. ``numbers``, ``positions`` and a chain's ``energy_eV`` are lists, and there only in a
+    query that names numbers or positions. Nothing outside the store can be read, and nothing can
     be written.
 
     Raises StoreError with DuckDB's message, and the tables or columns there are.
@@ -341,7 +352,7 @@ def _answer(snapshot: Snapshot, sql: str) -> pyarrow.Table:
 
     words = set(re.findall(r"\w+", sql.lower()))
     ragged = not words.isdisjoint(("numbers", "positions"))
-    schemas = {name: pa.schema(sql_columns(name, ragged=ragged)) for name in TABLES}
+    schemas = {name: pa.schema(sql_columns(name, ragged=ragged)) for name in SQL_TABLES}
     problems: list[Exception] = []
     connection = duckdb.connect(
         ":memory:",
@@ -381,7 +392,7 @@ def _explain(message: str, words: set[str], schemas: dict[str, pyarrow.Schema]) 
     unknown = re.search(r"Table with name (.+) does not exist", line)
     if unknown:
         # DuckDB's own suggestion would be one of its internal tables.
-        return f"there is no table {unknown[1]!r}; {_tables()}"
+        return f"there is no table {unknown[1]!r}; the tables are {', '.join(SQL_TABLES)}"
     if "column" in line.lower() and line.startswith("Binder Error"):
         named = [name for name in schemas if name in words] or list(schemas)
         lists = [f"{name} has {', '.join(schemas[name].names)}" for name in named]
@@ -393,12 +404,13 @@ def _explain(message: str, words: set[str], schemas: dict[str, pyarrow.Schema]) 
 
 
 def trajectory(store: Store, key: str) -> list[ase.Atoms]:
-    """Return the frames of a relaxation or of a diffusion, the starting geometry first.
+    """Return the frames of a relaxation, a diffusion or a chain, the starting geometry first.
 
     ``key`` is the task's key in hexadecimal, or a beginning of it that no other shares; that of
     single points stands for the path they were computed along. Each frame carries its energy (eV),
     where there is one, and its forces (eV/Å), when they were saved, in a SinglePointCalculator;
-    frames of a diffusion carry its step n as ``info["n"]``. Where several stages computed energies
+    frames of a diffusion carry its step n as ``info["n"]``, those of a chain the number of the step
+    after which they were stored as ``info["step"]``. Where several stages computed energies
     along a diffusion, those of the stage first by name are taken. Positions are in Å, in the single
     precision of the tables.
 
@@ -414,7 +426,9 @@ def _trajectory(snapshot: Snapshot, key: str) -> list[ase.Atoms]:
             "`basin query 'SELECT key, stage FROM relaxations'` lists them"
         )
     tables = {
-        m: t for t in ("frames", "paths", "single_points") for m in _matches(snapshot, t, key)
+        m: t
+        for t in ("frames", "paths", "chains", "single_points")
+        for m in _matches(snapshot, t, key)
     }
     matches = list(tables)
     if len(matches) > 1:
@@ -465,8 +479,9 @@ def _missing(snapshot: Snapshot, key: str) -> str:
                 f"{one['message'].strings()[0]}"
             )
         return (
-            f"task {key} belongs to stage {stage}, which keeps no path; relaxations and "
-            "diffusions do"
+            f"task {key} belongs to stage {stage}, which keeps no path; relaxations, diffusions "
+            "and chains do (of a replica exchange the chains have keys of their own: "
+            "`basin query 'SELECT key, temperature_K FROM chains'`)"
         )
     molecules = snapshot.read("relaxations", ["key", "mol_key"])
     rows = _inside(molecules["mol_key"], key)
@@ -534,6 +549,8 @@ def _walk(snapshot: Snapshot, key: bytes) -> list[ase.Atoms]:
     points = _row(snapshot, "single_points", key, [c.name for c in TABLES["single_points"].columns])
     at = key if points is None else key_bytes(points["parent_key"][0])
     about = _row(snapshot, "paths", at, [c.name for c in TABLES["paths"].columns])
+    if about is None:
+        about = _row(snapshot, "chains", at, CHAIN_COLUMNS)
     for table in ("geometries", "relaxations") if about is None else ():
         names = ["key", "mol_key", "stage", "numbers", "positions"]
         about = _row(snapshot, table, at, names) if about is None else about
@@ -548,14 +565,46 @@ def _walk(snapshot: Snapshot, key: bytes) -> list[ase.Atoms]:
     info = _info(snapshot, at, about)
     frames = about["positions"][0].reshape(-1, len(numbers), 3)
     energies, forces = np.full(len(frames), np.nan), np.zeros((0, 3))
+    steps = np.arange(len(frames))
+    if "save_every" in about.columns:
+        info, steps, energies = _of_chain(about, len(frames), info)
     if points is not None and len(points["energy_eV"][0]) == len(frames):
         info["level"] = points["level"].strings()[0]
         energies, forces = points["energy_eV"][0], points["forces"][0]
-    path = _images(numbers, frames, energies, forces, info)
-    if "level" in about.columns:
+    path = _images(numbers, frames, energies, forces, info, steps)
+    if "save_every" not in about.columns and "level" in about.columns:
         for atoms, n in zip(path, about["level"][0].tolist(), strict=True):
             atoms.info["n"] = n
     return path
+
+
+CHAIN_COLUMNS = (
+    "key", "mol_key", "stage", "kind", "level", "model", "temperature_K", "n", "save_every",
+    "energy_eV", "numbers", "positions",
+)  # fmt: skip
+
+
+def _of_chain(
+    about: Rows, n_frames: int, info: dict[str, Any], row: int = 0
+) -> tuple[dict[str, Any], NDArray[np.intp], NDArray[np.float64]]:
+    """Return what goes with the frames of a chain: what is known, steps (F,), energies (F,)."""
+    steps = np.arange(n_frames) * int(about["save_every"][row])
+    along = about["energy_eV"][row]
+    energies = along[steps] if len(along) else np.full(n_frames, np.nan)
+    more: dict[str, Any] = {name: about[name][row] for name in ("kind", "level", "model")}
+    if np.isfinite(about["temperature_K"][row]):
+        more["temperature_K"] = float(about["temperature_K"][row])
+    if about["n"][row]:
+        more["n"] = int(about["n"][row])
+    return {**info, **{name: value for name, value in more.items() if value}}, steps, energies
+
+
+def chain_atoms(chains: Rows, row: int, info: dict[str, Any]) -> list[ase.Atoms]:
+    """Return one row of the chains table as ASE atoms, frame after frame."""
+    numbers = chains["numbers"][row]
+    frames = chains["positions"][row].reshape(-1, len(numbers), 3)
+    info, steps, energies = _of_chain(chains, len(frames), info, row)
+    return _images(numbers, frames, energies, np.zeros((0, 3)), info, steps)
 
 
 def _energies_along(snapshot: Snapshot, path: bytes) -> Rows | None:
@@ -586,15 +635,19 @@ def _images(
     energies: NDArray[np.float64],
     forces: NDArray[np.floating[Any]],
     info: dict[str, Any],
+    steps: NDArray[np.intp] | None = None,
 ) -> list[ase.Atoms]:
-    """Return frames (F, N, 3) as ASE atoms, with energies (F,) where finite, and any forces."""
+    """Return frames (F, N, 3) as ASE atoms, with energies (F,) where finite, and any forces.
+
+    ``steps`` (F,): their numbers, where they are not simply counted.
+    """
     import ase
     from ase.calculators.singlepoint import SinglePointCalculator
 
     path = []
     for step, energy in enumerate(energies.tolist()):
         atoms = ase.Atoms(numbers=numbers, positions=positions[step].astype(float))
-        atoms.info.update(info, step=step)
+        atoms.info.update(info, step=step if steps is None else int(steps[step]))
         path.append(atoms)
         if not np.isfinite(energy):
             continue

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from orchestrator import block, child, shard, turn
 from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
+from orchestrator.frame_file import SavedFrames, frames_path
 from orchestrator.guard import CUT, Guard, StillbornError
 from orchestrator.kernel_calls import Call, Payload, batches
-from orchestrator.plan import FROM_NO_GEOMETRY, NO_KEY, Item, StagePlan
+from orchestrator.plan import FROM_NO_GEOMETRY, NO_KEY, Item, StagePlan, chain_key
 from orchestrator.schema import STATUSES
 from orchestrator.under_way import Mark
 
@@ -29,14 +30,20 @@ NO_PARENT = 254
 CUT_OFF = 253
 TOO_LONG = 252
 # Kernels that save their state as they go, and so lose little to the end of a block.
-SAVING = frozenset({"relax", "single_points"})
+SAVING = frozenset(
+    {
+        *("relax", "single_points", "metropolis", "gaussian_chain", "replica_exchange"),
+        "diffusion_chain",
+    }
+)
 # Estimates are averages: an item is begun where twice as much is left of its block, or where the
 # block is so fresh that no other would leave it more.
 _SAFETY = 2.0
 _FRESH_SHARE = 0.75
 _SAVING_SHARE = 0.1
 _SAVING_S = 2.0
-_SEAL_BYTES = 64 << 20
+# A shard is built in memory, of several copies of its rows.
+_SEAL_BYTES = 24 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,8 @@ class Bundle:
 
     ``estimates`` (K,) f4: expected seconds of each item; empty where nobody knows;
     ``control_every``: seconds between two looks at the driver's word; ``alone``: whether no other
-    bundle may run in its worker pool meanwhile.
+    bundle may run in its worker pool meanwhile. ``siblings``: where items of several stages run
+    together, all those stages; ``stage`` is the first of them.
     """
 
     id: str
@@ -60,6 +68,11 @@ class Bundle:
     estimates: bytes = b""
     control_every: float = 1.0
     alone: bool = False
+    siblings: tuple[StagePlan, ...] = ()
+
+    def stage_of(self, item: Item) -> StagePlan:
+        """Return the stage that an item belongs to."""
+        return next((s for s in self.siblings if s.index == item.stage), self.stage)
 
 
 @dataclass(slots=True)
@@ -105,6 +118,13 @@ def checkpoint_path(store: Path, key: bytes) -> Path:
     """Return where the state of an unfinished item is saved."""
     name = key.hex()
     return store / "checkpoints" / name[:2] / f"{name}.npz"
+
+
+def forget_checkpoint(store: Path, key: bytes) -> None:
+    """Remove the saved state of an item whose result is sealed."""
+    path = checkpoint_path(store, key)
+    for file in (path, frames_path(path)):
+        file.unlink(missing_ok=True)
 
 
 def started_from(item: Item) -> bytes:
@@ -170,11 +190,12 @@ class Control:
 _Found = dict[bytes, tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]]
 
 
-def _parents(bundle: Bundle, *, paths: bool = False) -> _Found:
+def _parents(bundle: Bundle) -> _Found:
     """Return the geometry (or the path) that each item starts from, by the parent's key."""
     from orchestrator.store import Store, pick_geometries
 
-    tables = ("paths",) if paths else ("geometries", "relaxations")
+    path_table = bundle.stage.path_table
+    tables = (path_table,) if path_table else ("geometries", "relaxations")
     found: _Found = {}
     by_hint: dict[str, list[bytes]] = {}
     for item in bundle.items:
@@ -233,7 +254,7 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
     """Return the runnable items' positions in the bundle, and what to run."""
     needs_geometry = bundle.stage.kernel not in FROM_NO_GEOMETRY
     along_path = bundle.stage.along_path
-    parents = _parents(bundle, paths=along_path) if needs_geometry else {}
+    parents = _parents(bundle) if needs_geometry else {}
     settled = _settled(bundle) if bundle.stage.settled_only else {}
     where: list[int] = []
     payloads: list[Payload] = []
@@ -247,7 +268,7 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
             continue
         frames = None
         if along_path and numbers is not None and positions is not None:
-            frames = positions.reshape(-1, len(numbers), 3).astype(np.float32)
+            frames = positions.reshape(-1, len(numbers), 3).astype(np.float32, copy=False)
             positions = frames[-1]
         where.append(i)
         payloads.append(
@@ -262,6 +283,7 @@ def _payloads(bundle: Bundle) -> tuple[list[int], list[Payload]]:
                 str(checkpoint_path(store, item.key)) if long else "",
                 frames,
                 settled.get(item.parent_key, 0),
+                bundle.stage_of(item).settings if bundle.siblings else None,
             )
         )
     return where, payloads
@@ -289,7 +311,7 @@ class _Batch:
     def add(self, item: Item, outcome: dict[str, Any]) -> None:
         if not len(self):
             self.since = time.monotonic()
-        stage = self.bundle.stage
+        stage = self.bundle.stage_of(item)
         ladder = "; ".join(outcome["ladder"])
         record = task_record(
             item,
@@ -311,19 +333,27 @@ class _Batch:
             cpu_s=outcome["cpu_s"],
         )
         self.records["tasks"].append(record)
-        for table, row in outcome.get("rows", {}).items():
-            row.update(
-                key=item.key,
-                mol_key=item.mol_key,
-                parent_key=record["parent_key"],
-                stage=stage.name,
-                conformer=item.conformer,
-            )
-            if table == "relaxations":
-                row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
-            elif table == "single_points":
-                row.update(cpu_s=outcome["cpu_s"])
-            self.records.setdefault(table, []).append(row)
+        for table, found in outcome.get("rows", {}).items():
+            for rung, row in enumerate(found if isinstance(found, list) else [found]):
+                row.update(
+                    key=chain_key(item.key, rung) if isinstance(found, list) else item.key,
+                    mol_key=item.mol_key,
+                    parent_key=record["parent_key"],
+                    stage=stage.name,
+                    conformer=item.conformer,
+                )
+                if table == "relaxations":
+                    row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
+                elif table == "single_points":
+                    row.update(cpu_s=outcome["cpu_s"])
+                elif table == "chains":
+                    row.update(task_key=item.key)
+                    # What it took before it was taken up again stands there already.
+                    for name in ("cpu_s", "wall_s") if isinstance(found, dict) else ():
+                        row[name] += outcome[name]
+                    if isinstance(row["positions"], SavedFrames):
+                        row["positions"] = row["positions"].read()
+                self.records.setdefault(table, []).append(row)
         self.nbytes += outcome.get("nbytes", 300)
         # A time limit may be raised, so that state is kept; these would fail again from it.
         final = stage.kernel == "relax" and outcome["status"] in ("convergence", "not_finite")
@@ -342,7 +372,7 @@ class _Batch:
         name = f"{self.bundle.id}-{self.sealed}"
         path, _ = shard.seal(folder, name, tables, self.bundle.campaign)
         for item in self.resumed:
-            checkpoint_path(store, item.key).unlink(missing_ok=True)
+            forget_checkpoint(store, item.key)
         self.sealed += 1
         self._clear()
         return path
@@ -389,6 +419,7 @@ def run_bundle(bundle: Bundle) -> Receipt:
                 status[i] = TOO_LONG
                 continue
             receipt.first_start = receipt.first_start or outcome["started_s"]
+            outcome["cpu_s"] += outcome.get("cpu_elsewhere_s", 0.0)
             cpu[i], wall[i] = outcome["cpu_s"], outcome["wall_s"]
             if outcome["status"] == "open":
                 continue
@@ -471,6 +502,8 @@ def _outcomes(
         # Many workers of an ordinary pool would share, and fill, a GPU that their node has.
         gpu=stage.pool != "cpu",
         memory_limit=stage.memory_limit,
+        # Of this very bundle: the next one may have other nodes.
+        mpi_prefix=os.environ.get("PARSL_MPI_PREFIX", ""),
     )
     whole_s = control.stop_at - (block.block_start() or time.time())
     grouped = batches(common, payloads)

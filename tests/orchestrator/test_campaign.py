@@ -77,7 +77,10 @@ def test_quickstart_is_the_published_protocol() -> None:
 
 
 def test_the_examples_show_every_field_with_its_default() -> None:
-    names = ("quickstart.toml", "rehearsal.toml", "qm9_speedup.toml", "generation.toml")
+    names = (
+        *("quickstart.toml", "rehearsal.toml", "qm9_speedup.toml", "generation.toml"),
+        *("qm9_boltzmann.toml", "boltzmann_small.toml"),
+    )
     text = "".join((ROOT / "jobs" / name).read_text(encoding="utf-8") for name in names)
     written = set(re.findall(r"^(?:# )?([a-z_]+) = ", text, re.MULTILINE))
     fields = describe_fields()
@@ -389,7 +392,9 @@ def test_a_shipped_model_goes_by_its_name(models: Path, monkeypatch: pytest.Monk
             [":18:", 'from = "e"', "no geometry to start from", '"diffused"'],
         ),
         (
-            'model = "first.safetensors"\nn = [5]\n' + RELAX + 'name = "diffused-5"\n',
+            'model = "first.safetensors"\nn = [5]\n'
+            + RELAX
+            + 'name = "diffused-5"\nfrom = "mmff"\n',
             ['name = "diffused-5"', "stage 3 (line 8) has this name too"],
         ),
         (

@@ -25,6 +25,7 @@ from orchestrator.compact import compact
 from orchestrator.errors import CorruptShardError, StoreError
 from orchestrator.schema import TABLES
 from orchestrator.store import Store
+from tests.orchestrator.chain_stores import Chains
 from tests.orchestrator.diffusion_stores import Study
 from tests.orchestrator.random_stores import (
     add_item,
@@ -196,6 +197,24 @@ def test_of_very_many_shards_the_oldest_go_sooner(
         compact(store)
     names = [path.name.split("-")[0] for path in store.sealed_shards()]
     assert sorted(names) == ["s3", "s4"]
+    assert wrong_items(store.read("relaxations"), store.read("frames"), set(range(5))) == []
+
+
+def test_of_very_large_shards_the_oldest_go_sooner(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "LEAST_GRACE_S", -1.0)
+    for item in range(4):
+        seal_items(store, [item], f"s{item}")
+        compact(store)
+    sizes = [path.stat().st_size for path in store.sealed_shards()]
+    assert len(sizes) == 4
+    monkeypatch.setattr(compaction, "KEPT_BYTES", int(2.5 * max(sizes)))
+    seal_items(store, [4], "s4")
+    compact(store)
+    names = {path.name.split("-")[0] for path in store.sealed_shards()}
+    assert "s4" in names
+    assert "s0" not in names
     assert wrong_items(store.read("relaxations"), store.read("frames"), set(range(5))) == []
 
 
@@ -382,6 +401,9 @@ def full_segments(store: Store) -> dict[str, Path]:
     study.points(study.diffuse(relaxed), [2.0, 1.0], minimum=relaxed)
     study.generation("sample 0")
     study.records.seal(store, "study")
+    chains = Chains(steps=20, burn_in=2)
+    chains.chain(chains.molecule("propane", "CCC"), temperature=300.0)
+    chains.records.seal(store, "chains")
     compact(store)
     return {s.table: store.path / s.file for s in store.snapshot().manifest.segments}
 

@@ -10,7 +10,7 @@ import pytest
 from kernels import embedding, forcefield
 from kernels.diffusion import model_files
 from kernels.graph import parse_smiles
-from orchestrator import campaign as campaign_module
+from orchestrator import stages as stages_module
 from orchestrator.campaign import load_campaign
 from orchestrator.columns import key_array
 from orchestrator.errors import CampaignError
@@ -129,12 +129,12 @@ def test_a_program_s_version_changes_the_keys_from_its_first_stage_on(
     program: str,
     first: int,
 ) -> None:
-    installed = campaign_module._installed_version
+    installed = stages_module.installed_version
 
     def other(name: str, stage: str) -> str:
         return "999.9" if name == program else installed(name, stage)
 
-    monkeypatch.setattr(campaign_module, "_installed_version", other)
+    monkeypatch.setattr(stages_module, "installed_version", other)
     made = keys(plan(tmp_path, EMBED, MMFF, RELAX))
     assert changed(usual, made) == [s >= first for s in range(3)]
 
