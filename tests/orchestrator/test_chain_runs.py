@@ -86,7 +86,8 @@ def saved_metropolis(path: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", ["everything", pytest.param("child", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["everything", "child"])
 def test_killed_chains_end_as_undisturbed_ones_do(
     tmp_path: Path, store: Store, require_engine: Callable[[str], None], kind: str
 ) -> None:

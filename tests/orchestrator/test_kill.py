@@ -192,7 +192,7 @@ def assert_went_on(campaign: Path, state: Path, long_run: Store) -> None:
     assert not state.exists()
 
 
-@pytest.mark.parametrize("kind", ["everything", "child"])
+@pytest.mark.parametrize("kind", [pytest.param("everything", marks=pytest.mark.slow), "child"])
 def test_a_killed_relaxation_goes_on_from_its_last_saved_step(
     tmp_path: Path, long_run: Store, kind: str
 ) -> None:

@@ -178,7 +178,7 @@ CONFORMERS = CHEMISTRY.replace('"embed"\n', '"embed"\nconformers = 2\n')
 
 @pytest.mark.parametrize(
     ("workers", "bundle_time", "backwards"),
-    [(1, "100 s", True), (3, "1 ms", False)],
+    [pytest.param(1, "100 s", True, marks=pytest.mark.slow), (3, "1 ms", False)],
 )
 def test_bundles_workers_and_order_change_no_row(
     tmp_path: Path, reference: Store, workers: int, bundle_time: str, backwards: bool

@@ -197,6 +197,7 @@ def test_a_stop_saves_and_says_that_it_is_not_the_end(toy: Callable[..., Path]) 
     assert (summary.resumed_at, summary.step, summary.finished) == (step + 1, step + 2, False)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(toy: Callable[..., Path]) -> None:
     one, two = toy("one"), toy("two")
     plain(one)
