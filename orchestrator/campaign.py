@@ -692,10 +692,10 @@ def _check_architecture(architecture: str, stage: Mapping[str, Any]) -> None:
             f"is of architecture {architecture}, which begins with a geometry; molecules from "
             "noise need a model of architecture edm"
         )
-    if stage["kernel"] != "diffuse":
+    if stage["kernel"] not in ("diffuse", "diffusion_chain"):
         raise ValueError(
-            f"is of architecture {architecture}, which predicts minima and has no noise to sample "
-            'with; choose a model of architecture edm, such as "qm9-edm"'
+            f"is of architecture {architecture}, which predicts minima and no noise to propose "
+            'moves with; choose a model of architecture edm, such as "qm9-edm"'
         )
     if stage.get("protocol") == "published":
         raise ValueError(

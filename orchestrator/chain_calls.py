@@ -502,7 +502,9 @@ def _together(
         assert payload.numbers is not None
         assert payload.positions is not None
         starts.append(
-            kernel.ChainStart(payload.numbers, payload.positions, payload.seed, settings["n"])
+            kernel.ChainStart(
+                payload.numbers, payload.positions, payload.seed, settings["n"], payload.smiles
+            )
         )
     names = sorted(Path(payload.checkpoint).stem for payload in payloads)
     company = hashlib.sha256("".join(names).encode()).hexdigest()

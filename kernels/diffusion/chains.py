@@ -5,6 +5,10 @@ without decoding (Rothchild et al., Chem. Sci. 2024, 15, 13506). At a small n su
 about a minimum like a molecule at a low temperature. Chains of equal numbers of atoms share the
 network's calls, whatever their n. The noise of a chain depends on its seed and the step alone.
 
+Models of architecture "basin" predict no noise but z_0: the minimum near a geometry, to which the
+force field's curvature leads (`kernels.diffusion.guide`). The reverse step follows from it as well,
+with eps = (z_n - alpha_n z_0) / sigma_n.
+
 Cut anywhere, saved and taken up again with the same starts on the same machine, chains are the same
 to the last bit. In other company the network's sums may be rounded otherwise: by 1e-7 at first, but
 chains that wander freely may come apart over thousands of steps, and are then as good as others.
@@ -26,8 +30,10 @@ from kernels.connectivity import bonds, collapsed
 from kernels.diffusion.batching import in_batches
 from kernels.diffusion.checkpoint import Model
 from kernels.diffusion.egnn import features
+from kernels.diffusion.guide import Guide, at_most, predictor
 from kernels.diffusion.noise import normal
 from kernels.diffusion.process import Precision, at_precision, centred
+from kernels.diffusion.schedule import Schedule
 from kernels.errors import InputError, KernelError, NotFiniteError, ResourceError
 
 Arrays = dict[str, NDArray[Any]]
@@ -35,6 +41,11 @@ Floats = NDArray[np.float32]
 
 # Steps whose noise is drawn at once: making the generator costs more than a step's numbers.
 _NOISE_BLOCK: Final = 64
+
+# Steps of a basin model's chain by one curvature of the force field: its torsions turn, and the
+# molecule too. A longer move of an atom to the predicted minimum (Å) is not believed.
+_CURVATURE_EVERY: Final = 10
+_FARTHEST: Final = 0.2
 
 # Steps between two looks at whether the molecules still hold together, counted from step 0.
 _LOOK_EVERY: Final = 100
@@ -52,13 +63,15 @@ _SEGMENT_BYTES: Final = 8 << 20
 class ChainStart:
     """Where a chain begins: `numbers` (N,) uint8, `positions` (N, 3) float64 in Å.
 
-    `n` is the diffusion step that is repeated; `seed` (0 to 2^128 - 1) determines the noise.
+    `n` is the diffusion step that is repeated; `seed` (0 to 2^128 - 1) determines the noise;
+    `smiles`, in whose canonical order the atoms are, tells the bonds to models that need them.
     """
 
     numbers: NDArray[np.uint8]
     positions: NDArray[np.float64]
     seed: int
     n: int
+    smiles: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,18 +191,14 @@ def diffusion_chains(
     not know, an impossible n or geometry, NotFiniteError for a NaN in it, ResourceError when memory
     does not suffice. `save_every`: of the steps, one in so many is kept.
 
-    ``on_segment`` sees the state after every `segment` steps (default: about ten seconds' worth),
-    the last included; false ends the work there, and what there is is returned. ``state`` goes on
-    from a saved one, in place. For the limits see `kernels.diffusion.batching`.
+    ``on_segment`` sees the state after every `segment` steps (default: about ten seconds' worth; of
+    a basin model's chains the next multiple of ten), the last included; false ends the work there,
+    and what there is is returned. ``state`` goes on from a saved one, in place. For the limits see
+    `kernels.diffusion.batching`.
 
-    Raises InputError for a model that predicts no noise, and a state of other starts.
+    Raises InputError for impossible settings, and a state of other starts.
     """
-    if model.config.architecture != "edm":
-        raise InputError(
-            f"model {model.name!r} is of architecture {model.config.architecture}, which predicts "
-            "minima and no noise: it has no reverse step to repeat; choose a model of architecture "
-            "edm, such as qm9-edm"
-        )
+    basin = model.config.architecture == "basin"
     for name, value in (("steps", steps), ("save_every", save_every), ("segment", segment)):
         if value is not None and value < 1:
             raise InputError(f"{name} = {value} of a diffusion chain; give 1 or more")
@@ -205,8 +214,10 @@ def diffusion_chains(
             f"a saved state of {len(state.x)} diffusion chains does not fit the {len(starts)} "
             "starts; start the chains anew"
         )
+    # A curvature that was taken before a cut would not be known after it.
+    whole = _CURVATURE_EVERY if basin else 1
     most = max(1, _SEGMENT_BYTES // max(1, 12 * sum(sizes)) * save_every)
-    length = min(segment or 10, steps, most)
+    length = -(-min(segment or 10, steps, most) // whole) * whole
     while state.step < steps:
         for index, made in enumerate(state.n_steps):
             if made < state.step and not state.diverged[index] and index not in problems:
@@ -218,9 +229,18 @@ def diffusion_chains(
         results = in_batches(
             model,
             [sizes[index] for index in going],
-            partial(_advance, model, state, starts, going, piece, precision),
+            partial(
+                _advance_guided if basin else _advance,
+                model,
+                state,
+                starts,
+                going,
+                piece,
+                precision,
+            ),
             memory_limit=memory_limit,
             batch_pairs=batch_pairs,
+            mixed=basin,
         )
         for index, result in zip(going, results, strict=True):
             if isinstance(result, KernelError):
@@ -231,6 +251,7 @@ def diffusion_chains(
         if segment is None:
             took = max(time.perf_counter() - began, 1e-9)
             length = max(1, min(int(length * _SEGMENT_S / took), most))
+            length = -(-length // whole) * whole
         if not on_segment(state):
             break
     frames = state._pending()
@@ -260,7 +281,9 @@ def _problem(model: Model, start: ChainStart) -> KernelError | None:
         return NotFiniteError("the starting positions contain NaN or infinity")
     try:
         features(torch.from_numpy(numbers[None].astype(np.int64)), model.config)
-    except InputError as error:
+        if model.config.architecture == "basin":
+            Guide(start.smiles, start.positions)
+    except KernelError as error:
         return error
     return None
 
@@ -336,6 +359,72 @@ def _advance(
         _Made(x_after[row].copy(), rows_kept[:, row], rows_looked_at[:, row])
         for row in range(len(batch))
     ]
+
+
+def _advance_guided(
+    model: Model,
+    state: ChainsState,
+    starts: Sequence[ChainStart],
+    going: Sequence[int],
+    piece: _Piece,
+    precision: Precision,
+    places: Sequence[int],
+) -> list[_Made | KernelError]:
+    """Advance chains of a basin model, of any sizes, over a piece; the state is left as it is."""
+    batch = [starts[going[place]] for place in places]
+    now = [state.x[going[place]] for place in places]
+    ended = [bool(state.diverged[going[place]]) for place in places]
+    kept, looked_at = piece.kept(), piece.looked_at()
+    if all(ended):
+        return [_Made(x, x[None], x[None]) for x in now]
+    guides = [Guide(start.smiles, start.positions) for start in batch]
+    scale, schedule = model.config.feature_scaling[0], model.schedule
+    found: list[dict[int, Floats]] = [{} for _ in batch]
+    noise: list[Floats] = []
+    with torch.inference_mode(), at_precision(precision, model.device) as evaluate:
+        predict = predictor(model, evaluate, guides, [start.numbers for start in batch])
+        for step in range(piece.first, piece.last):
+            block, row = divmod(step, _NOISE_BLOCK)
+            if row == 0 or step == piece.first:
+                noise = [_noise(start, block) for start in batch]
+            predicted = predict([x.astype(np.float64) * scale for x in now])
+            for at, (guide, gradient) in enumerate(zip(guides, predicted, strict=True)):
+                # One that ended stays in the batch: others' sums must not be rounded otherwise.
+                if not ended[at]:
+                    x, n = now[at].astype(np.float64), batch[at].n
+                    if step % _CURVATURE_EVERY == 0 and np.isfinite(x).all():
+                        guide.look(x * scale)
+                    moved = _guided_step(guide, x, gradient, schedule, n, scale)
+                    moved += schedule.reverse_step(n).noise * noise[at][row]
+                    now[at] = (moved - moved.mean(axis=0)).astype(np.float32)
+                found[at][step + 1] = now[at]
+    return [
+        _Made(x, _rows(frames, kept, x), _rows(frames, looked_at, x))
+        for x, frames in zip(now, found, strict=True)
+    ]
+
+
+def _rows(frames: Mapping[int, Floats], steps: Sequence[int], like: Floats) -> Floats:
+    rows = [frames[step] for step in steps]
+    return np.stack(rows) if rows else np.empty((0, *like.shape), np.float32)
+
+
+def _guided_step(
+    guide: Guide,
+    x: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    schedule: Schedule,
+    n: int,
+    scale: float,
+) -> NDArray[np.float64]:
+    """Mean (N, 3) of the reverse step from x (N, 3), for the predicted gradient; or NaN."""
+    if not (np.isfinite(x).all() and np.isfinite(gradient).all()):
+        return np.full_like(x, np.nan)
+    data = x + at_most(guide.aim(x * scale, gradient), _FARTHEST) / scale
+    eps = (x - schedule.alpha[n] * data) / schedule.sigma[n]
+    step = schedule.reverse_step(n)
+    mean: NDArray[np.float64] = step.keep * x - step.remove * eps
+    return mean
 
 
 def _noise(start: ChainStart, block: int) -> Floats:

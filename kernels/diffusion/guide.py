@@ -3,6 +3,8 @@
 At the minimum sought the force field's gradient is not zero but what the network predicts, since
 that is what it was trained to tell of ground states. Each of the n steps goes half of the way to
 where the two agree, by the force field's curvature, so that bonds and torsions arrive together.
+Where the two agree is also the network's word on the data z_0, which chains of one reverse step go
+by (`kernels.diffusion.chains`).
 """
 
 from __future__ import annotations
@@ -47,17 +49,56 @@ class Guide:
         self.surface = Surface(smiles, positions)
         self.compliance = compliance(self.surface.hessian(positions), positions, SOFTEST)
 
+    def look(self, positions: NDArray[np.float64]) -> None:
+        """Take the curvature at other positions (N, 3) in Å, if it is finite there."""
+        hessian = self.surface.hessian(positions)
+        if np.isfinite(hessian).all():
+            self.compliance = compliance(hessian, positions, SOFTEST)
+
+    def aim(
+        self, positions: NDArray[np.float64], predicted: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Displacement (N, 3) in Å to where the two agree, for the predicted gradient in eV/Å."""
+        excess = (self.surface.gradient(positions) - predicted).ravel()
+        return -(self.compliance @ excess).reshape(-1, 3)
+
     def move(
         self, positions: NDArray[np.float64], predicted: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Displacement (N, 3) in Å of one step, for the predicted gradient (N, 3) in eV/Å."""
-        excess = (self.surface.gradient(positions) - predicted).ravel()
-        move = -_SHARE * (self.compliance @ excess).reshape(-1, 3)
-        length = float(np.sqrt((move**2).sum(axis=1).max()))
-        return move if length <= _LONGEST else move * (_LONGEST / length)
+        return at_most(_SHARE * self.aim(positions, predicted), _LONGEST)
+
+
+def at_most(move: NDArray[np.float64], longest: float) -> NDArray[np.float64]:
+    """Displacements (N, 3) in Å, shortened together where an atom would move farther than that."""
+    length = float(np.sqrt((move**2).sum(axis=1).max()))
+    return move if length <= longest else move * (longest / length)
 
 
 Evaluate: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+
+
+def predictor(
+    model: Model, evaluate: Evaluate, guides: Sequence[Guide], numbers: Sequence[NDArray[np.uint8]]
+) -> Callable[[Sequence[NDArray[np.float64]]], list[NDArray[np.float64]]]:
+    """Return what gives, for positions (N, 3) in Å of each molecule, the gradients in eV/Å.
+
+    All of them come from one call of the network, whatever the sizes.
+    """
+    network, device = cast(Refiner, model.network), model.device
+    row = layout([torch.from_numpy(guide.bonds).to(device) for guide in guides])
+    h = features(torch.from_numpy(np.concatenate(numbers)).to(device).long(), model.config)
+    borders = np.cumsum([len(part) for part in numbers])[:-1]
+
+    def gradient(x: Tensor, h: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return network.gradient(x, h, row), h
+
+    def predict(positions: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+        flat = np.concatenate([x - x.mean(axis=0) for x in positions]).astype(np.float32)
+        found = evaluate(gradient, torch.from_numpy(flat).to(device), h, None)[0]
+        return np.split(found.double().cpu().numpy(), borders)
+
+    return predict
 
 
 def guided(
@@ -74,23 +115,13 @@ def guided(
     the precision asked for. A molecule that leaves the finite numbers is NaN from there on, and
     the others do not notice.
     """
-    network, device = cast(Refiner, model.network), model.device
-    row = layout([torch.from_numpy(guide.bonds).to(device) for guide in guides])
-    h = features(torch.from_numpy(np.concatenate(numbers)).to(device).long(), model.config)
-    borders = np.cumsum([len(start) for start in starts])[:-1]
-
-    def predict(x: Tensor, h: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return network.gradient(x, h, row), h
-
+    predict = predictor(model, evaluate, guides, numbers)
     paths = [np.full((n + 1, *start.shape), np.nan) for start in starts]
     for path, start in zip(paths, starts, strict=True):
         path[0] = start
     for k in range(1, n + 1):
         now = [path[k - 1] for path in paths]
-        flat = np.concatenate([x - x.mean(axis=0) for x in now]).astype(np.float32)
-        x = torch.from_numpy(flat).to(device)
-        predicted = evaluate(predict, x, h, None)[0].double().cpu().numpy()
-        for guide, path, part in zip(guides, paths, np.split(predicted, borders), strict=True):
+        for guide, path, part in zip(guides, paths, predict(now), strict=True):
             if np.isfinite(path[k - 1]).all() and np.isfinite(part).all():
                 path[k] = path[k - 1] + guide.move(path[k - 1], part)
     return paths

@@ -142,7 +142,7 @@ def test_temperatures_and_seed_enter_the_key_and_their_writing_does_not(folder: 
             ["has 100 diffusion steps"],
         ),
         (
-            '[[stages]]\nkernel = "diffusion_chain"\nfrom = "ground"\nmodel = "qm9-gfn2"\n',
+            METROPOLIS + 'proposal = "diffusion"\nmodel = "qm9-gfn2"\nn = 8\n',
             ["architecture basin", "qm9-edm"],
         ),
         (

@@ -9,11 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kernels.calculators import evaluate, make_calculator
 from kernels.diffusion.chains import ChainsState, ChainStart, DiffusionChain, diffusion_chains
 from kernels.diffusion.checkpoint import Model, load
 from kernels.diffusion.egnn import ModelConfig, build, features
 from kernels.diffusion.schedule import Schedule
+from kernels.embedding import embed
 from kernels.errors import InputError, NotFiniteError
+from kernels.relaxation import RelaxSettings, relax
+from kernels.units import BOLTZMANN_EV_PER_K
 
 CONFIG = ModelConfig(hidden=16, layers=2)
 
@@ -216,9 +220,6 @@ def test_what_cannot_be_computed_leaves_the_others_alone() -> None:
 
 
 def test_wrong_use_is_refused_with_the_remedy() -> None:
-    basin = load("qm9-b3lyp")
-    with pytest.raises(InputError, match=r"no noise.*choose a model of architecture edm"):
-        diffusion_chains(basin, [_water(3)], steps=5)
     model = _model()
     with pytest.raises(InputError, match="steps = 0"):
         diffusion_chains(model, [_water(3)], steps=0)
@@ -232,6 +233,55 @@ def test_wrong_use_is_refused_with_the_remedy() -> None:
     del arrays["x"]
     with pytest.raises(InputError, match="lack 'x'; start the chains anew"):
         ChainsState.from_arrays(arrays)
+
+
+@pytest.fixture(scope="module")
+def ground() -> ChainStart:
+    """Return propylamine at its GFN2-xTB minimum."""
+    made = embed("CCCN", seed=1, max_attempts=50)
+    calculator = make_calculator("GFN2-xTB")
+    settings = RelaxSettings(fmax=0.005, max_steps=1000)
+    relaxed = relax(made.numbers, made.positions, calculator, settings)
+    return ChainStart(made.numbers, relaxed.positions, 7, 14, "CCCN")
+
+
+def test_a_model_of_minima_makes_chains_as_warm_as_published(ground: ChainStart) -> None:
+    """Mean energies above the minimum as at T = mu n², mu near 0.33 K (Rothchild et al., 2024)."""
+    levels = [14, 20]
+    starts = [replace(ground, n=n, seed=n) for n in levels]
+    chains = _ok(diffusion_chains(load("qm9-gfn2"), starts, steps=600, save_every=20))
+    calculator = make_calculator("GFN2-xTB")
+    at_rest, _ = evaluate(calculator, ground.numbers, ground.positions)
+    harmonic = (3 * len(ground.numbers) - 6) / 2 * BOLTZMANN_EV_PER_K
+    for n, chain in zip(levels, chains, strict=True):
+        energies = [evaluate(calculator, ground.numbers, x)[0] for x in chain.frames[5:]]
+        temperature = (np.mean(energies) - at_rest) / harmonic
+        # 26 correlated energies of 33 vibrations: within a third.
+        assert 0.22 * n**2 < temperature < 0.5 * n**2, (n, temperature)
+
+
+def test_chains_of_a_model_of_minima_are_the_same_however_they_are_cut(ground: ChainStart) -> None:
+    model = load("qm9-gfn2")
+    water = replace(_water(9), smiles="O")
+    unknown = replace(ground, smiles="")
+    starts = [ground, unknown, water]
+    whole = diffusion_chains(model, starts, steps=37, save_every=3)
+    states: list[ChainsState] = []
+
+    def stop(state: ChainsState) -> bool:
+        states.append(ChainsState.from_arrays(state.to_arrays()))
+        return False
+
+    diffusion_chains(model, starts, steps=37, save_every=3, segment=15, on_segment=stop)
+    (cut,) = states
+    assert cut.step == 20
+    parts = diffusion_chains(model, starts, steps=37, save_every=3, state=cut)
+    assert isinstance(whole[1], InputError)
+    assert "no SMILES" in str(whole[1])
+    assert isinstance(parts[1], InputError)
+    for one, other in zip(_ok([whole[0], whole[2]]), _ok([parts[0], parts[2]]), strict=True):
+        assert one.n_steps == other.n_steps == 37
+        assert np.array_equal(one.frames, other.frames)
 
 
 def test_no_chains_are_no_trouble() -> None:
