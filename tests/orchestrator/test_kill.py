@@ -125,6 +125,7 @@ def assert_is_undisturbed(campaign: Path, uninterrupted: Store) -> None:
     assert not [p for p in (store.path / "checkpoints").rglob("*.npz") if p.name[0] != "."]
 
 
+@pytest.mark.slow
 def test_four_kills_change_nothing(tmp_path: Path, uninterrupted: Store) -> None:
     torture(tmp_path, 4, 1, uninterrupted)
 
