@@ -139,7 +139,7 @@ def test_a_relaxation_goes_on_through_the_walltimes_of_its_blocks(
     slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     # Steps so short that it takes longer than any block of a minute has time for.
-    slow = CHEMISTRY.replace("fmax = 0.05", 'max_step_length = "0.0006 A"\nmax_steps = 5000')
+    slow = CHEMISTRY.replace("fmax = 0.05", 'max_step_length = "0.00012 A"\nmax_steps = 5000')
     sildenafil = ["CCCc1nn(C)c2c1nc([nH]c2=O)-c1cc(ccc1OCC)S(=O)(=O)N1CCN(C)CC1"]
     at_once, in_parts = (
         write_campaign(tmp_path / name, sildenafil, stages=slow, run=RUN)
