@@ -134,7 +134,8 @@ class Records:
         self._thread.start()
 
     def _link(self, store: Path) -> None:
-        for path in store.glob("inbox/*/*.h5"):
+        # Not the hidden ones: a worker that is killed between writing and renaming sealed nothing.
+        for path in store.glob("inbox/*/[!.]*.h5"):
             target = self._shards / f"{path.parent.name}-{path.name}"
             try:
                 if not target.exists():
