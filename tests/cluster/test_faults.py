@@ -211,7 +211,7 @@ def test_whatever_a_cluster_does_the_rows_are_a_quiet_runs(
                 until(
                     lambda: slurm_cluster.job(short)["JobState"] == "TIMEOUT",  # noqa: B023
                     45,
-                    slurm_cluster.words,
+                    lambda: f"{slurm_cluster.job(short)}\n{slurm_cluster.words()}",  # noqa: B023
                 )
             until(fault, 60, slurm_cluster.words, every=0.2)
         disturber.mend_nodes()

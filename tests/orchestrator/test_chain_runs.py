@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def saved_metropolis(path: Path) -> bool:
     """Tell whether a Metropolis chain is well under way."""
     for file in (path.parent / "store" / "checkpoints").rglob("*.npz"):
         if not file.name.startswith("."):
-            with np.load(file) as saved:
+            # One that is sealed meanwhile is gone.
+            with contextlib.suppress(FileNotFoundError), np.load(file) as saved:
                 if "moved" in saved and int(saved["step"]) > 50:
                     return True
     return False
