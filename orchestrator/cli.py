@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -703,12 +704,8 @@ def speedup(
             print(f"{per_molecule}: {n:,} pairs of relaxations\n")
     if as_json:
         _print_json(values(found))
-        return
-    from orchestrator.show import console as make_console
-
-    console = make_console()
-    for part in tables(found):
-        console.print(part, markup=False)
+    else:
+        _print_parts(tables(found))
 
 
 @app.command()
@@ -754,11 +751,16 @@ def boltzmann(
             print(f"{per_chain}: {n:,} chains\n")
     if as_json:
         _print_json(values(found))
-        return
+    else:
+        _print_parts(tables(found))
+
+
+def _print_parts(parts: Iterable[Any]) -> None:
+    """Print tables and lines for a person, one after the other."""
     from orchestrator.show import console as make_console
 
     console = make_console()
-    for part in tables(found):
+    for part in parts:
         console.print(part, markup=False)
 
 
