@@ -341,7 +341,7 @@ def promised(logs: list[Path]) -> set[int]:
     return {int(word) for line in words for word in line}
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(6.0), pytest.param(40.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [pytest.param(6.0), pytest.param(25.0, marks=pytest.mark.slow)])
 def test_racing_and_killed_compactors_and_writers_lose_nothing(
     store: Store, tmp_path: Path, seconds: float
 ) -> None:
