@@ -18,8 +18,11 @@ from kernels.errors import CollapsedError, InputError, NotFiniteError
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
+# QM9's level.
+DFT: Final = "B3LYP/6-31G(2df,p)"
+
 _LEVELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"GFN2-xTB": ("tblite", "xtb-python"), "MMFF94": ("rdkit",)}
+    {"GFN2-xTB": ("tblite", "xtb-python"), DFT: ("pyscf", "psi4"), "MMFF94": ("rdkit",)}
 )
 
 # Program -> (distribution on PyPI, what installs it with this package).
@@ -28,6 +31,7 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "tblite": ("tblite", "pip install tblite"),
         "xtb-python": ("xtb", "pip install 'basin-orchestrator[xtb]'"),
         "rdkit": ("rdkit", "pip install rdkit"),
+        "pyscf": ("pyscf", "pip install pyscf"),
         "sella": ("sella", "pip install 'basin-orchestrator[sella]'"),
     }
 )
@@ -50,6 +54,46 @@ class Rung:
     relaxation: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Radial shells and angular points of each atom's integration grid.
+GRIDS: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
+    {"fine": (75, 302), "coarse": (50, 194), "very fine": (99, 590)}
+)
+GUESSES: Final = ("atomic", "huckel")
+
+
+@dataclass(frozen=True, slots=True)
+class DftSettings:
+    """What a calculation at QM9's level is made with; as in `make_calculator`."""
+
+    charge: int = 0
+    multiplicity: int = 1
+    density_fitting: bool = True
+    grid: str = "fine"
+    guess: str = "atomic"
+    level_shift: float = 0.0
+    damping: float = 0.0
+    second_order: bool = False
+    max_iterations: int = 250
+    memory: int = 2_000_000_000
+
+
+# The last one changes the energy surface, though only by the error of the usual grid.
+_DFT_RUNGS: Final = (
+    Rung("SCF from Hückel orbitals", "ScfError", calculator={"scf_guess": "huckel"}),
+    Rung(
+        "SCF with level shift 0.3 Ha and damping 0.3, 500 iterations",
+        "ScfError",
+        calculator={"level_shift": 0.3, "scf_damping": 0.3, "max_scf_iterations": 500},
+    ),
+    Rung(
+        "second-order SCF",
+        "ScfError",
+        calculator={"second_order": True, "level_shift": 0.0, "scf_damping": 0.0},
+    ),
+    Rung("grid of 99 shells of 590 points", "ScfError", calculator={"grid": "very fine"}),
+)
+
+
 def levels() -> Mapping[str, tuple[str, ...]]:
     """Map each level of theory to its programs, the default first."""
     return _LEVELS
@@ -57,6 +101,10 @@ def levels() -> Mapping[str, tuple[str, ...]]:
 
 def program_version(program: str) -> str:
     """Return the installed version of a program without importing it; raises InputError."""
+    if program == "psi4":
+        from kernels.psi4_engine import find
+
+        return find().version
     distribution, remedy = _DISTRIBUTIONS[_named(program, _DISTRIBUTIONS, "program")]
     try:
         return metadata.version(distribution)
@@ -75,13 +123,23 @@ def make_calculator(
     max_scf_iterations: int = 250,
     mixer_damping: float = MIXER_DAMPING,
     accuracy: float = 1.0,
+    density_fitting: bool = True,
+    grid: str = "fine",
+    scf_guess: str = "atomic",
+    level_shift: float = 0.0,
+    scf_damping: float = 0.0,
+    second_order: bool = False,
+    memory: int = 2_000_000_000,
 ) -> Calculator:
     """Make an ASE calculator (eV, Å) for one molecule of this charge and multiplicity.
 
     `electronic_temperature` in K; `accuracy` scales the thresholds of the SCF (smaller is
     tighter); `mixer_damping` in (0, 1] is tblite's; "MMFF94" needs `smiles` and ignores the
-    electronic settings. Raises InputError for unknown names, impossible values and a program
-    that is not installed.
+    electronic settings. DFT has no electronic temperature, and takes from `density_fitting` on:
+    `grid` "fine" (75 radial shells of 302 points) or "coarse" (50 of 194), `scf_guess` "atomic" or
+    "huckel", `level_shift` in hartree, `scf_damping` the share of the old matrix kept in each
+    iteration, `memory` in bytes, which changes how results are computed and not what they are.
+    Raises InputError for unknown names, impossible values and a program that is not installed.
     """
     level = _named(level, _LEVELS, "level")
     program = _LEVELS[level][0] if program is None else program
@@ -95,6 +153,22 @@ def make_calculator(
         from kernels.engines import ForceField
 
         return ForceField(smiles)
+    if level == DFT:
+        return _dft(
+            program,
+            DftSettings(
+                charge=charge,
+                multiplicity=multiplicity,
+                density_fitting=density_fitting,
+                grid=grid,
+                guess=scf_guess,
+                level_shift=level_shift,
+                damping=scf_damping,
+                second_order=second_order,
+                max_iterations=max_scf_iterations,
+                memory=memory,
+            ),
+        )
     if electronic_temperature <= 0 or max_scf_iterations < 1 or accuracy <= 0:
         raise InputError(
             f"electronic_temperature {electronic_temperature} K, max_scf_iterations "
@@ -124,6 +198,32 @@ def make_calculator(
         ) from error
 
 
+def _dft(program: str, settings: DftSettings) -> Calculator:
+    if settings.grid not in GRIDS:
+        raise InputError(f"grid {settings.grid!r} is unknown; choose from {', '.join(GRIDS)}")
+    if settings.guess not in GUESSES:
+        raise InputError(f"scf_guess {settings.guess!r} is unknown; choose from atomic, huckel")
+    if settings.max_iterations < 1 or settings.memory < 100_000_000 or settings.level_shift < 0:
+        raise InputError(
+            f"max_scf_iterations {settings.max_iterations}, memory {settings.memory}, level_shift "
+            f"{settings.level_shift}: give at least 1, 100 MB and 0"
+        )
+    if not 0 <= settings.damping < 1:
+        raise InputError(f"scf_damping {settings.damping} is impossible; give 0 <= damping < 1")
+    try:
+        if program == "pyscf":
+            from kernels.pyscf_engine import PySCF
+
+            return PySCF(settings)
+        from kernels.psi4_engine import Psi4
+
+        return Psi4(settings)
+    except ImportError as error:
+        raise InputError(
+            f"program {program!r} cannot be loaded ({error}); {_DISTRIBUTIONS[program][1]}"
+        ) from error
+
+
 def ladder(level: str, program: str | None = None) -> tuple[Rung, ...]:
     """List the changed settings to try, in order, when a calculation at `level` fails.
 
@@ -138,6 +238,8 @@ def ladder(level: str, program: str | None = None) -> tuple[Rung, ...]:
     )
     if level == "MMFF94":
         return (shorter_steps,)
+    if level == DFT:
+        return (*_DFT_RUNGS, shorter_steps)
     damping = {"mixer_damping": 0.1} if (program or _LEVELS[level][0]) == "tblite" else {}
     return (
         Rung(
