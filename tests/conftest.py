@@ -51,6 +51,15 @@ def require_engine() -> Callable[[str], None]:
     """
 
     def require(name: str) -> None:
+        if name == "psi4":
+            from kernels import psi4_engine
+            from kernels.errors import InputError
+
+            try:
+                psi4_engine.find()
+            except InputError as error:
+                engine_missing(name, str(error))
+            return
         if name in _MODULES:
             if importlib.util.find_spec(_MODULES[name]) is None:
                 engine_missing(name, f"{_MODULES[name]} is not installed")
