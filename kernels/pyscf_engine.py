@@ -1,0 +1,210 @@
+"""QM9's level of theory, B3LYP/6-31G(2df,p), by PySCF; imported only when a calculator is made.
+
+PySCF has either spherical or cartesian functions, QM9's basis six d and seven f. The molecule is
+therefore cartesian, and the orbitals are kept to the space in which each f shell has only its
+seven spherical combinations: everything else is PySCF's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+# Read when the library loads, as in `kernels.engines`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from numpy.typing import NDArray
+from pyscf import df, dft, gto
+from pyscf.scf import hf
+from scipy.linalg import block_diag  # type: ignore[import-untyped,unused-ignore]
+
+from kernels import basis
+from kernels.calculators import GRIDS, DftSettings
+from kernels.engines import Engine
+from kernels.errors import NotFiniteError, ResourceError, ScfError
+from kernels.graph import check_spin
+from kernels.units import HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM, HARTREE_TO_EV
+
+# Else every calculation begins with a file in the temporary directory, which a kill leaves there.
+hf.MUTE_CHKFILE = True
+
+# With VWN's third functional, as in Gaussian; "b3lyp" depends on the user's configuration.
+_FUNCTIONAL: Final = "b3lypg"
+_AUXILIARY: Final = "def2-universal-jkfit"
+# Change of the energy in hartree; norm of the orbital gradient, which the error of forces follows.
+_TOLERANCES: Final = (1e-9, 1e-5)
+# Of the memory: PySCF keeps the integrals there when they leave room for the rest.
+_SHARE_OF_FITTING: Final = 0.6
+_LEAST_OVERLAP: Final = 1e-9
+
+
+class _Qm9Functions:
+    """What keeps orbitals to six d and seven f functions; mixed into PySCF's SCF classes."""
+
+    mol: Any
+
+    def check_linear_dependency(self, s: NDArray[np.float64], verbose: Any = None) -> Any:
+        """Return orthonormal orbitals (cartesian functions, functions) that span the basis."""
+        mixed = block_diag(*_combinations(self.mol))
+        eigenvalues, vectors = np.linalg.eigh(mixed.T @ s @ mixed)
+        if eigenvalues[0] < _LEAST_OVERLAP:
+            raise NotFiniteError("pyscf: basis functions coincide; the geometry is unphysical")
+        return mixed @ (vectors / np.sqrt(eigenvalues))
+
+    def _eigh(self, h: Any, s: Any, overwrite: bool = False, x: Any = None) -> Any:
+        # Not every caller gives the orthonormal orbitals.
+        x = self.check_linear_dependency(s) if x is None else x
+        return super()._eigh(h, s, overwrite, x)  # type: ignore[misc]
+
+
+class _Restricted(_Qm9Functions, dft.rks.RKS):  # type: ignore[misc]
+    pass
+
+
+class _Unrestricted(_Qm9Functions, dft.uks.UKS):  # type: ignore[misc]
+    pass
+
+
+def _combinations(mol: Any) -> list[NDArray[np.float64]]:
+    """Return, shell by shell, the functions (cartesian, kept) that the basis has."""
+    to_spherical = gto.cart2sph(3, normalized="sp")
+    kept = {0: np.eye(1), 1: np.eye(3), 2: np.eye(6), 3: to_spherical}
+    shells = range(mol.nbas)
+    return [kept[mol.bas_angular(i)] for i in shells for _ in range(mol.bas_nctr(i))]
+
+
+class PySCF(Engine):
+    """B3LYP/6-31G(2df,p) by PySCF, each SCF started from the orbitals of the last geometry."""
+
+    def __init__(self, settings: DftSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.n_iterations = 0
+        self._numbers = b""
+        # Occupied orbitals (functions, occupied) of each spin.
+        self._orbitals: tuple[NDArray[np.float64], ...] = ()
+
+    def reset_scf(self) -> None:
+        self._orbitals = ()
+
+    def save_scf(self) -> dict[str, NDArray[np.float64]]:
+        return {f"occupied_{spin}": orbitals for spin, orbitals in enumerate(self._orbitals)}
+
+    def load_scf(self, arrays: dict[str, NDArray[np.float64]]) -> None:
+        self._orbitals = tuple(arrays[f"occupied_{spin}"] for spin in range(len(arrays)))
+        self._numbers = b""
+
+    def evaluate(
+        self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]
+    ) -> tuple[float, NDArray[np.float64]]:
+        energy, field = self._converged(numbers, positions)
+        with _failures():
+            gradient = field.nuc_grad_method()
+            # Else forces are off by 0.001 eV/Å, as the grid moves with the atoms; costs nothing.
+            gradient.grid_response = True
+            forces = -np.asarray(gradient.kernel())
+        return energy, forces * HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM
+
+    def energy(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> float:
+        """Return the energy in eV at positions (N, 3) in Å, without forces."""
+        return self._converged(numbers, positions)[0]
+
+    def _converged(
+        self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]
+    ) -> tuple[float, Any]:
+        """Return the energy in eV, and PySCF's object for the forces."""
+        settings = self.settings
+        key = numbers.tobytes()
+        if key != self._numbers:
+            basis.check(numbers)
+            check_spin(numbers, settings.charge, settings.multiplicity)
+            if self._numbers:
+                self._orbitals = ()
+            self._numbers = key
+        self.n_evaluations += 1
+        with _failures():
+            field = self._field(numbers, positions)
+            start = self._density(field)
+            self._orbitals = ()  # a half-converged start must not reach the next geometry
+            energy = float(field.kernel(start))
+        self.n_iterations += field.cycles
+        if not field.converged:
+            raise ScfError(
+                f"pyscf: SCF not converged in {settings.max_iterations} iterations; raise their "
+                "number, the level shift or the damping"
+            )
+        self._orbitals = _occupied(field)
+        return energy * HARTREE_TO_EV, field
+
+    def _field(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> Any:
+        settings = self.settings
+        mol = gto.M(
+            atom=list(zip(numbers.tolist(), positions.tolist(), strict=True)),
+            unit="Angstrom",
+            basis=basis.for_pyscf(),
+            charge=settings.charge,
+            spin=settings.multiplicity - 1,
+            cart=True,
+            verbose=0,
+            max_memory=settings.memory / 1e6,
+        )
+        field: Any = (_Restricted if settings.multiplicity == 1 else _Unrestricted)(mol)
+        field.xc = _FUNCTIONAL
+        if settings.density_fitting:
+            field = field.density_fit(auxbasis=_AUXILIARY)
+            _check_memory(mol, settings.memory)
+        field.grids.atom_grid = GRIDS[settings.grid]
+        field.init_guess = {"atomic": "minao", "huckel": "huckel"}[settings.guess]
+        field.level_shift = settings.level_shift
+        field.damp = settings.damping
+        if settings.second_order:
+            field = field.newton()
+        field.conv_tol, field.conv_tol_grad = _TOLERANCES
+        field.max_cycle = settings.max_iterations
+        # No last iteration after the last: it would only take a level shift from orbital energies.
+        field.conv_check = False
+        return field
+
+    def _density(self, field: Any) -> Any:
+        """Density matrix of the last geometry's orbitals, made orthonormal where the atoms are."""
+        if not self._orbitals:
+            return None
+        overlap = field.get_ovlp()
+        densities = []
+        for orbitals in self._orbitals:
+            eigenvalues, vectors = np.linalg.eigh(orbitals.T @ overlap @ orbitals)
+            orthonormal = orbitals @ (vectors / np.sqrt(eigenvalues)) @ vectors.T
+            densities.append(orthonormal @ orthonormal.T)
+        return 2 * densities[0] if len(densities) == 1 else np.array(densities)
+
+
+def _check_memory(mol: Any, memory: int) -> None:
+    """Refuse what PySCF would put on disk, where it would stay after a kill, and be slow."""
+    n = mol.nao_nr()
+    auxiliary = df.addons.make_auxmol(mol, _AUXILIARY).nao_nr()
+    needed = 8 * auxiliary * n * (n + 1) // 2
+    if needed > _SHARE_OF_FITTING * memory:
+        raise ResourceError(
+            f"pyscf: density fitting with {n} functions needs {needed / 1e6:.0f} MB for its "
+            f"integrals; give {needed / _SHARE_OF_FITTING / 1e9:.1f} GB of memory or more"
+        )
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise ResourceError(f"pyscf: {error}; give more memory") from error
+    except np.linalg.LinAlgError as error:
+        raise NotFiniteError(f"pyscf: {error}; the geometry is unphysical") from error
+
+
+def _occupied(field: Any) -> tuple[NDArray[np.float64], ...]:
+    coefficients, occupations = np.asarray(field.mo_coeff), np.asarray(field.mo_occ)
+    if coefficients.ndim == 2:
+        return (coefficients[:, occupations > 0],)
+    return tuple(c[:, o > 0] for c, o in zip(coefficients, occupations, strict=True))

@@ -1,0 +1,161 @@
+"""PySCF at QM9's level: forces, restarts, spins, errors, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kernels.calculators import DFT, Rung, ladder, make_calculator
+from kernels.errors import InputError, ResourceError, ScfError
+from kernels.relaxation import RelaxSettings, RelaxState, relax, relax_with_ladder
+
+WATER = np.array([8, 1, 1], dtype=np.uint8)
+BENT = np.array([[0.0, 0.1, 0.12], [0.05, 0.76, -0.47], [0.1, -0.8, -0.4]])
+HYDROXYL = np.array([8, 1], dtype=np.uint8)
+
+
+def engine(**settings: Any) -> Any:
+    return make_calculator(DFT, program="pyscf", **settings)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "positions", "settings"),
+    [
+        (WATER, BENT, {}),
+        (WATER, BENT, {"grid": "coarse", "density_fitting": False}),
+        (HYDROXYL, BENT[:2], {"multiplicity": 2}),
+    ],
+)
+def test_forces_are_the_slope_of_the_energy(
+    numbers: NDArray[np.uint8], positions: NDArray[np.float64], settings: dict[str, Any]
+) -> None:
+    calculator = engine(**settings)
+    _, forces = calculator.evaluate(numbers, positions)
+    assert np.abs(forces.sum(axis=0)).max() < 1e-6
+    h = 0.001
+    for atom, axis in ((0, 2), (1, 1)):
+        energies = []
+        for sign in (1, -1):
+            moved = positions.copy()
+            moved[atom, axis] += sign * h
+            energies.append(calculator.energy(numbers, moved))
+        slope = (energies[0] - energies[1]) / (2 * h)
+        assert forces[atom, axis] == pytest.approx(-slope, abs=1e-4)
+
+
+def test_a_start_from_the_last_orbitals_takes_fewer_iterations_to_the_same_energy() -> None:
+    warm, cold = engine(), engine()
+    warm.evaluate(WATER, BENT)
+    before = warm.n_iterations
+    moved = BENT + 0.01 * np.arange(9).reshape(3, 3) % 0.02
+    energy, forces = warm.evaluate(WATER, moved)
+    afresh, same = cold.evaluate(WATER, moved)
+    assert energy == pytest.approx(afresh, abs=1e-7)
+    np.testing.assert_allclose(forces, same, atol=1e-4)
+    assert warm.n_iterations - before < cold.n_iterations
+
+
+def test_saved_orbitals_give_the_very_same_next_energy() -> None:
+    going_on, other = engine(), engine()
+    going_on.evaluate(WATER, BENT)
+    other.load_scf({name: array.copy() for name, array in going_on.save_scf().items()})
+    moved = BENT * 1.01
+    energy, forces = going_on.evaluate(WATER, moved)
+    again, same = other.evaluate(WATER, moved)
+    assert again == pytest.approx(energy, abs=1e-10)
+    np.testing.assert_allclose(same, forces, atol=1e-8)
+    assert going_on.n_iterations > other.n_iterations
+
+
+def test_another_molecule_does_not_start_from_the_last_ones_orbitals() -> None:
+    calculator = engine()
+    first, _ = calculator.evaluate(WATER, BENT)
+    calculator.evaluate(np.array([1, 1], dtype=np.uint8), np.array([[0, 0, 0], [0, 0, 0.74]]))
+    assert calculator.evaluate(WATER, BENT)[0] == pytest.approx(first, abs=1e-9)
+
+
+def test_a_relaxation_taken_up_again_is_the_uninterrupted_one() -> None:
+    settings = RelaxSettings(fmax=0.03)
+    whole = relax(WATER, BENT, engine(), settings)
+    part = relax(WATER, BENT, engine(), settings, on_step=lambda state: state.steps < 2)
+    saved = RelaxState.from_arrays(part.to_arrays())
+    rest = relax(WATER, BENT, engine(), settings, state=saved)
+    assert rest.steps == whole.steps
+    np.testing.assert_allclose(rest.energies, whole.energies, atol=1e-8)
+    np.testing.assert_allclose(rest.positions, whole.positions, atol=1e-6)
+
+
+def test_every_rung_gives_the_energy_of_the_plain_calculation() -> None:
+    plain = engine().energy(WATER, BENT)
+    changes: dict[str, Any] = {}
+    for rung in ladder(DFT):
+        if rung.against != "ScfError":
+            continue
+        changes.update(rung.calculator)
+        # The last rung's grid is finer, and its energy better by so much.
+        tolerance = 2e-3 if "grid" in rung.calculator else 1e-6
+        assert engine(**changes).energy(WATER, BENT) == pytest.approx(plain, abs=tolerance)
+
+
+def test_an_scf_that_does_not_converge_climbs_the_ladder() -> None:
+    def make(**changes: Any) -> Any:
+        return engine(**{"max_scf_iterations": 3, **changes})
+
+    done, tried = relax_with_ladder(WATER, BENT, make, RelaxSettings(fmax=0.1), ladder(DFT))
+    assert tried == tuple(rung.name for rung in ladder(DFT)[:2])
+    assert done.fmax[-1] < 0.1
+
+
+def test_a_failure_on_every_rung_carries_their_history() -> None:
+    rungs = (Rung("SCF from Hückel orbitals", "ScfError", calculator={"scf_guess": "huckel"}),)
+    with pytest.raises(ScfError, match="not converged in 2 iterations") as caught:
+        relax_with_ladder(
+            WATER,
+            BENT,
+            lambda **changes: engine(**{"max_scf_iterations": 2, **changes}),
+            RelaxSettings(),
+            rungs,
+        )
+    assert caught.value.history == ("SCF from Hückel orbitals",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"grid": "finest"}, "grid 'finest' is unknown; choose from fine"),
+        ({"scf_guess": "none"}, "scf_guess 'none' is unknown"),
+        ({"scf_damping": 1.0}, "give 0 <= damping < 1"),
+        ({"max_scf_iterations": 0}, "give at least 1"),
+    ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        engine(**settings)
+
+
+def test_impossible_molecules_are_inputs_not_crashes() -> None:
+    with pytest.raises(InputError, match="atomic number 17"):
+        engine().evaluate(np.array([17, 1], dtype=np.uint8), BENT[:2])
+    with pytest.raises(InputError, match="multiplicity"):
+        engine(multiplicity=2).evaluate(WATER, BENT)
+
+
+def test_too_little_memory_is_said_before_anything_is_computed() -> None:
+    hexane = np.array([6] * 6 + [1] * 14, dtype=np.uint8)
+    positions = np.arange(60.0).reshape(20, 3)
+    with pytest.raises(ResourceError, match="density fitting .* needs .* MB"):
+        engine(memory=100_000_000).evaluate(hexane, positions)
+
+
+def test_no_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyscf import lib
+
+    monkeypatch.setattr(lib.param, "TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine().evaluate(WATER, BENT)
+    assert not list(tmp_path.iterdir())
