@@ -22,6 +22,7 @@ from kernels import errors
 from kernels.errors import KernelError
 from orchestrator.frame_file import SavedFrames, frames_path
 from orchestrator.kernel_calls import (
+    ELECTRONIC,
     Call,
     Payload,
     batch_limit,
@@ -127,7 +128,7 @@ def _walk(
     assert numbers is not None
     assert positions is not None
     path = Path(payload.checkpoint)
-    calculator = calculator_maker(stage.settings, payload)()
+    calculator = calculator_maker(stage.settings, payload, stage.memory_limit)()
     arrays = _load(path)
     kept = arrays is not None
     clock = _Clock(arrays)
@@ -310,11 +311,7 @@ def _request(stage: Call, payload: Payload) -> Arrays:
         "charge": payload.charge,
         "multiplicity": payload.multiplicity,
         "smiles": payload.smiles,
-        **{
-            name: wanted[name]
-            for name in ("level", "program", "electronic_temperature")
-            if name in wanted
-        },
+        **{name: wanted[name] for name in ("level", "program", *ELECTRONIC) if name in wanted},
     }
     return request_arrays(payload.numbers, payload.positions, settings, payload.seed, calculator)
 

@@ -105,7 +105,10 @@ class Forecast:
 
 def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
     """Return estimates per stage from a sample of the store's finished tasks."""
-    estimates = [Estimate(stage.kernel, stage.computed) for stage in plan.stages]
+    estimates = [
+        Estimate(stage.kernel, stage.computed, stage.settings.get("level", ""))
+        for stage in plan.stages
+    ]
     for stage in plan.stages:
         if stage.leader >= 0:
             estimates[stage.index] = estimates[stage.leader]

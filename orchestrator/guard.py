@@ -8,6 +8,7 @@ one pipe and only a few bytes of shared memory tell which item is running.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -75,13 +76,13 @@ class _Child:
         os.close(memory)
         self.connection = Connection(ours.detach())
 
-    def resident(self) -> int:
-        """Return the child's resident memory in bytes."""
-        try:
-            with open(f"/proc/{self.process.pid}/statm") as file:
-                return int(file.read().split()[1]) * _PAGE
-        except (OSError, IndexError):
-            return 0
+    def resident(self, *, alone: bool = False) -> int:
+        """Return the resident memory in bytes of the child and, unless ``alone``, its descendants.
+
+        Programs such as Psi4 run in processes of their own.
+        """
+        pid = self.process.pid
+        return sum(map(_resident, [pid] if alone else _family(pid)))
 
     def last_words(self, line: int = 0) -> str:
         """Return a line of what the child wrote to stderr; the first tells of a crash in C."""
@@ -149,6 +150,8 @@ class Guard:
         attempts = dict.fromkeys(pending, 0)
         limits = dict.fromkeys(pending, memory_limit)
         planned = [list(batch) for batch in batches or [[i] for i in pending]]
+        # The ranks of an MPI program are spread over nodes, and not one item's memory on this one.
+        ranks = bool(getattr(stage, "mpi_prefix", ""))
         wanted = list(needs) if needs is not None else [0.0] * len(payloads)
 
         def ends() -> bool:
@@ -231,7 +234,7 @@ class Guard:
                         f"not finished after its time limit of {time_limit:g} s "
                         "(`time_limit` of the stage)",
                     )
-                elif current in pending and child.resident() > limits[current]:
+                elif current in pending and child.resident(alone=ranks) > limits[current]:
                     if together > 1:
                         planned = _alone(planned, current)
                         self._replace()
@@ -343,6 +346,25 @@ class Guard:
         attempts[current] -= 1
         tries = attempts[current] + 1
         return _outcome(status, f"{how}, {tries} times{f': {words}' if words else ''}")
+
+
+def _resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and all that descends from it, as far as Linux tells."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{one}/task"):
+                with open(f"/proc/{one}/task/{thread}/children") as file:
+                    found += map(int, file.read().split())
+    return found
 
 
 def _alone(batches: list[list[int]], first: int) -> list[list[int]]:

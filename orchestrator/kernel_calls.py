@@ -191,11 +191,24 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
     return RelaxState.from_arrays(arrays), tried
 
 
-def calculator_maker(wanted: dict[str, Any], payload: Payload) -> Callable[..., Calculator]:
-    """Return what makes an item's calculator, with the changed settings of a rung."""
-    from kernels.calculators import make_calculator
+# Settings of a level that the calculator is made with.
+ELECTRONIC = ("electronic_temperature", "density_fitting", "grid")
+# Of a stage's memory limit what a DFT program is told to use; Python and buffers take the rest.
+_DFT_MEMORY_SHARE = 0.6
 
-    electronic = {k: wanted[k] for k in ("electronic_temperature",) if k in wanted}
+
+def calculator_maker(
+    wanted: dict[str, Any], payload: Payload, memory_limit: int = 0
+) -> Callable[..., Calculator]:
+    """Return what makes an item's calculator, with the changed settings of a rung.
+
+    ``memory_limit`` (bytes): the stage's, of which a DFT program is given a share.
+    """
+    from kernels.calculators import DFT, make_calculator
+
+    electronic = {k: wanted[k] for k in ELECTRONIC if k in wanted}
+    if wanted["level"] == DFT and memory_limit:
+        electronic["memory"] = int(_DFT_MEMORY_SHARE * memory_limit)
 
     def make(**changes: Any) -> Calculator:
         return make_calculator(
@@ -251,7 +264,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
     relaxed, tried = relax_with_ladder(
         payload.numbers,
         start,
-        calculator_maker(wanted, payload),
+        calculator_maker(wanted, payload, stage.memory_limit),
         settings,
         ladder(level, program),
         state=state,
@@ -477,7 +490,7 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
     points = single_points(
         payload.numbers,
         np.concatenate([frames, line]) if len(line) else frames,
-        calculator_maker(wanted, payload),
+        calculator_maker(wanted, payload, stage.memory_limit),
         ladder(level, program),
         state=state,
         on_frame=on_frame,

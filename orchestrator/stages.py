@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from kernels import calculators
 from kernels.diffusion import GENERATION_VERSION, PROCESS_VERSION, model_files
@@ -57,13 +57,13 @@ class StageBase(Table):
     time_limit: Seconds = Field(
         default=600.0,
         gt=0,
-        json_schema_extra=default("10 min; 6 h for chains"),
+        json_schema_extra=default("10 min; 6 h for chains and for DFT"),
         description="Time after which one item is stopped and recorded",
     )
     memory_limit: Bytes = Field(
         default=2_000_000_000,
         ge=100_000_000,
-        json_schema_extra=default("2 GB; 4 GB where a diffusion model is at work"),
+        json_schema_extra=default("2 GB; 4 GB for DFT, and where a diffusion model is at work"),
         description="Memory that one item may use before it is stopped and recorded",
     )
 
@@ -97,6 +97,9 @@ class StageBase(Table):
         """Geometries that one item computes, to which its time is proportional."""
         return self.frames
 
+
+# What an item at this level may take where the file does not say: s, bytes.
+_DFT_LIMITS: Final = {"time_limit": 6 * 3600.0, "memory_limit": 4_000_000_000}
 
 _LEVELS_WITHOUT_SCF: Final = frozenset({"MMFF94"})
 
@@ -178,7 +181,7 @@ class EnergyStage(StageBase):
     level: str = Field(default="GFN2-xTB", description="Level of theory")
     program: str = Field(
         default=_FIRST_PROGRAM,
-        json_schema_extra=default("the level's first: tblite for GFN2-xTB"),
+        json_schema_extra=default("the level's first: tblite for GFN2-xTB, pyscf for DFT"),
         description="Program that computes the level; never mixed inside a study, since programs "
         "differ in the last digits",
     )
@@ -186,8 +189,23 @@ class EnergyStage(StageBase):
         default=300.0,
         gt=0,
         le=20_000,
-        description="Electronic temperature of the SCF; levels without an SCF ignore it",
+        description="Electronic temperature of the SCF; DFT has none, and MMFF94 ignores it",
     )
+    density_fitting: bool = Field(
+        default=True,
+        description="DFT: Coulomb and exchange by density fitting, several times faster",
+    )
+    grid: Literal["fine", "coarse"] = Field(
+        default="fine",
+        description="DFT: integration grid of 75 radial shells of 302 points, or 50 of 194",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dft_takes_longer(cls, written: Any) -> Any:
+        if isinstance(written, dict) and written.get("level") == calculators.DFT:
+            return {**_DFT_LIMITS, **written}
+        return written
 
     @field_validator("level")
     @classmethod
@@ -207,16 +225,36 @@ class EnergyStage(StageBase):
             raise ValueError(f"does not compute {level}; {choose(program, programs)}")
         return program
 
+    @field_validator("electronic_temperature")
+    @classmethod
+    def _has_a_temperature(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("level") == calculators.DFT and value != 300.0:
+            raise ValueError(f"has no meaning at {calculators.DFT}; leave it out")
+        return value
+
+    @field_validator("density_fitting", "grid")
+    @classmethod
+    def _is_dft(cls, value: Any, info: ValidationInfo) -> Any:
+        level = info.data.get("level", calculators.DFT)
+        if level != calculators.DFT and value not in (True, "fine"):
+            raise ValueError(
+                f'belongs to level = "{calculators.DFT}", not to {level}; leave it out'
+            )
+        return value
+
     def settings(self) -> dict[str, Setting]:
         """What determines energies, with every default filled in.
 
-        Units: electronic_temperature K.
+        Units: electronic_temperature K. DFT has that not, but a grid and density fitting.
         """
         settings: dict[str, Setting] = {
             "level": self.level,
             "program": self.program,
         }
-        if self.level not in _LEVELS_WITHOUT_SCF:
+        if self.level == calculators.DFT:
+            settings["density_fitting"] = self.density_fitting
+            settings["grid"] = self.grid
+        elif self.level not in _LEVELS_WITHOUT_SCF:
             settings["electronic_temperature"] = float(self.electronic_temperature)
         return settings
 

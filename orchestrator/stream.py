@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.calculators import DFT
 from orchestrator import ingest
 from orchestrator.columns import key_words
 from orchestrator.key_index import ABSENT, KeyIndex
@@ -42,6 +43,18 @@ _COST = {
 }
 
 
+# The same at B3LYP/6-31G(2df,p), of which one gradient takes 6.2 s (n/108)^2.3 for n functions.
+_DFT_POWER = 2.3
+_DFT_GRADIENT_S = 65.0
+_DFT_GRADIENTS = {"relax": 25}
+
+
+def _cost(kernel: str, level: str) -> tuple[float, float]:
+    if level == DFT:
+        return _DFT_POWER, _DFT_GRADIENT_S * _DFT_GRADIENTS.get(kernel, 1)
+    return _COST.get(kernel, (2.0, 1.0))
+
+
 def _own(stage: int, item: Item) -> int:
     """Return the stage of an item from a bundle of ``stage``, which may hold those of others."""
     return item.stage if item.stage >= 0 else stage
@@ -50,8 +63,8 @@ def _own(stage: int, item: Item) -> int:
 class Estimate:
     """Seconds per item of one stage, learned from finished items."""
 
-    def __init__(self, kernel: str, frames: int = 1) -> None:
-        power, guess = _COST.get(kernel, (2.0, 1.0))
+    def __init__(self, kernel: str, frames: int = 1, level: str = "") -> None:
+        power, guess = _cost(kernel, level)
         guess *= frames
         self._power = power
         self._seconds = 0.0

@@ -102,7 +102,7 @@ def test_the_messages_in_the_guide_to_clusters_are_the_programs(words: str) -> N
 @pytest.mark.parametrize(
     "page",
     [
-        *("README.md", "docs/chains.md", "docs/clusters.md", "docs/diffusion.md"),
+        *("README.md", "docs/chains.md", "docs/clusters.md", "docs/dft.md", "docs/diffusion.md"),
         *("docs/running.md", "docs/store.md"),
     ],
 )

@@ -79,7 +79,7 @@ def test_quickstart_is_the_published_protocol() -> None:
 def test_the_examples_show_every_field_with_its_default() -> None:
     names = (
         *("quickstart.toml", "rehearsal.toml", "qm9_speedup.toml", "generation.toml"),
-        *("qm9_boltzmann.toml", "boltzmann_small.toml"),
+        *("qm9_boltzmann.toml", "boltzmann_small.toml", "qm9_dft_speedup.toml"),
     )
     text = "".join((ROOT / "jobs" / name).read_text(encoding="utf-8") for name in names)
     written = set(re.findall(r"^(?:# )?([a-z_]+) = ", text, re.MULTILINE))

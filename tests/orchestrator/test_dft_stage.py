@@ -1,0 +1,94 @@
+"""Stages at QM9's level: their settings, their limits, what they refuse, what they are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernels import calculators
+from kernels.calculators import DFT
+from orchestrator import guard
+from orchestrator.campaign import load_campaign
+from orchestrator.errors import CampaignError
+from orchestrator.kernel_calls import Payload, calculator_maker
+from orchestrator.stages import RelaxStage
+from orchestrator.stream import Estimate
+from tests.orchestrator.run_fixtures import write_campaign
+
+
+def relax(folder: Path, fields: str, level: str = DFT) -> RelaxStage:
+    stages = f'[[stages]]\nkernel = "embed"\n[[stages]]\nkernel = "relax"\nlevel = "{level}"\n'
+    stage = load_campaign(write_campaign(folder, ["O"], stages=stages + fields)).stages[1]
+    assert isinstance(stage, RelaxStage)
+    return stage
+
+
+def test_dft_has_its_own_settings_and_limits(tmp_path: Path) -> None:
+    stage = relax(tmp_path, "")
+    settings = stage.settings()
+    assert (settings["program"], settings["density_fitting"], settings["grid"]) == (
+        "pyscf",
+        True,
+        "fine",
+    )
+    assert "electronic_temperature" not in settings
+    assert (stage.time_limit, stage.memory_limit) == (6 * 3600.0, 4_000_000_000)
+    assert relax(tmp_path, 'time_limit = "1 h"\n').time_limit == 3600.0
+    assert relax(tmp_path, "density_fitting = false\n").settings() != settings
+    assert relax(tmp_path, 'memory_limit = "8 GB"\n').settings() == settings
+    assert "grid" not in relax(tmp_path, "", "GFN2-xTB").settings()
+    assert relax(tmp_path, "", "GFN2-xTB").time_limit == 600.0
+
+
+@pytest.mark.parametrize(
+    ("level", "field"),
+    [
+        ("GFN2-xTB", "density_fitting = false"),
+        ("GFN2-xTB", 'grid = "coarse"'),
+        (DFT, 'electronic_temperature = "1000 K"'),
+    ],
+)
+def test_settings_of_other_levels_are_refused(tmp_path: Path, level: str, field: str) -> None:
+    with pytest.raises(CampaignError, match="leave it out") as caught:
+        relax(tmp_path, field + "\n", level)
+    assert field.split()[0] in str(caught.value)
+
+
+def test_the_program_is_given_a_share_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(calculators, "make_calculator", lambda level, **more: told.update(more))
+    payload = Payload("O", 0, 1, 0, 0, np.array([8], np.uint8), np.zeros((1, 3)), "")
+    calculator_maker(relax(tmp_path, "").settings(), payload, 4_000_000_000)(grid="very fine")
+    assert told["memory"] == 2_400_000_000
+    assert (told["density_fitting"], told["grid"]) == (True, "very fine")
+
+
+def test_dft_is_expected_to_take_longer() -> None:
+    assert Estimate("relax", 1, DFT).seconds(9) > 1000 * Estimate("relax").seconds(9)
+    assert Estimate("single_points", 51, DFT).seconds(20) == pytest.approx(51 * 65)
+
+
+def test_memory_of_a_program_that_the_child_started_counts() -> None:
+    hoard = "import sys, time; x = bytearray(200 << 20); print(1, flush=True); time.sleep(60)"
+    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hoard!r}])"
+    process = subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE)
+    family = [process.pid]
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        family = guard._family(process.pid)
+        assert sum(map(guard._resident, family)) > 200 << 20 > guard._resident(process.pid)
+    finally:
+        for pid in family:
+            os.kill(pid, 9)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
