@@ -8,6 +8,7 @@ seven spherical combinations: everything else is PySCF's own.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -196,7 +197,10 @@ def _check_memory(mol: Any, memory: int) -> None:
 @contextmanager
 def _failures() -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            # PySCF's Hückel orbitals use what PySCF itself calls old.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     except MemoryError as error:
         raise ResourceError(f"pyscf: {error}; give more memory") from error
     except np.linalg.LinAlgError as error:

@@ -18,6 +18,8 @@ Arrays = dict[str, NDArray[Any]]
 Floats = NDArray[np.float64]
 
 _SCF: Final = "scf_"
+# Settings that change energies, so that one geometry of a path would not compare with the next.
+_OTHER_SURFACE: Final = frozenset({"electronic_temperature", "grid"})
 
 
 @dataclass(slots=True)
@@ -121,6 +123,8 @@ def single_points(
         if not on_frame(state):
             return state
     if first is not None and not np.isfinite(state.energies).any():
+        if isinstance(first, ScfError):
+            first.history = state.ladder
         raise first
     return state
 
@@ -139,7 +143,7 @@ def _climb(
         failure = error
     changes: dict[str, Any] = {}
     for rung in rungs:
-        if rung.against != "ScfError" or "electronic_temperature" in rung.calculator:
+        if rung.against != "ScfError" or not _OTHER_SURFACE.isdisjoint(rung.calculator):
             continue
         changes.update(rung.calculator)
         if rung.name not in state.ladder:

@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kernels.calculators import DFT
+from kernels.errors import InputError
+
 if TYPE_CHECKING:
     from orchestrator.sites import Site
 
@@ -45,13 +48,17 @@ def _versions() -> list[Finding]:
 
 
 def _engine(what: str, package: str, extra: str, try_out: str) -> Finding:
-    """Try an engine in a process of its own, since a broken one may take its process down."""
-    import subprocess
-
     if importlib.util.find_spec(package) is None:
         if not extra:
             return Finding(what, "broken", "not installed; run `make` again")
         return Finding(what, "missing", f"optional: pip install 'basin-orchestrator[{extra}]'")
+    return _tried(what, try_out)
+
+
+def _tried(what: str, try_out: str) -> Finding:
+    """Try an engine in a process of its own, since a broken one may take its process down."""
+    import subprocess
+
     start = time.monotonic()
     try:
         done = subprocess.run(
@@ -79,12 +86,25 @@ _WATER = (
     "print(program_version('{0}') + ': GFN2-xTB energy of water %.4f eV'"
     " % atoms.get_potential_energy())\n"
 )
+_DFT_WATER = _WATER.replace("GFN2-xTB", DFT)
 _MMFF = (
     "from kernels.embedding import embed\n"
     "from kernels.forcefield import minimise\n"
     "made = minimise('CCO', embed('CCO', seed=1, max_attempts=10).positions, max_steps=500)\n"
     "print('%s energy of ethanol %.4f eV' % (made.force_field, made.energy_eV))\n"
 )
+
+
+def _psi4() -> Finding:
+    from kernels.psi4_engine import PYTHON_VARIABLE, find
+
+    what = f"Psi4 ({DFT})"
+    try:
+        find()
+    except InputError as error:
+        broken = PYTHON_VARIABLE in os.environ
+        return Finding(what, "broken" if broken else "missing", f"optional: {error}")
+    return _tried(what, _DFT_WATER.format("psi4"))
 
 
 def _sites() -> list[Finding]:
@@ -239,6 +259,8 @@ def examine(folder: Path, site: str | None = None) -> list[Finding]:
         _engine("RDKit (ETKDGv3, MMFF94)", "rdkit", "", _MMFF),
         _engine("tblite (GFN2-xTB)", "tblite", "", _WATER.format("tblite")),
         _engine("xtb-python (GFN2-xTB)", "xtb", "xtb", _WATER.format("xtb-python")),
+        _engine(f"PySCF ({DFT})", "pyscf", "", _DFT_WATER.format("pyscf")),
+        _psi4(),
         _engine("diffusion models", "torch", "", _DIFFUSION),
         _engine("Sella", "sella", "sella", "import sella\nprint('imports')"),
         *_schedulers(),

@@ -32,7 +32,7 @@ def test_energies_are_those_of_qm9(shared_data: Path, n_heavy: int) -> None:
         reference = qm9["U0"] - qm9["zpve"]
     heavy = (numbers > 1).sum(1)
     fluorine = (numbers == 9).any(1)
-    some = np.nonzero((heavy <= n_heavy) & ~fluorine)[0][:2].tolist()
+    some = np.nonzero((heavy <= n_heavy) & ~fluorine)[0][:1].tolist()
     if n_heavy > 3:
         # None of the smaller ones has fluorine.
         some = np.nonzero(fluorine)[0][np.argsort(heavy[fluorine])][:1].tolist()

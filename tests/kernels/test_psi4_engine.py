@@ -83,7 +83,10 @@ def running() -> psi4_engine._Worker:
     return psi4_engine._worker
 
 
-@pytest.mark.parametrize(("grid", "tolerance"), [("fine", 5e-4), ("very fine", 1e-4)])
+@pytest.mark.parametrize(
+    ("grid", "tolerance"),
+    [("fine", 5e-4), pytest.param("very fine", 1e-4, marks=pytest.mark.slow)],
+)
 def test_forces_are_the_slope_of_the_energy(grid: str, tolerance: float) -> None:
     # Only to the error of the grid: its weights move with the atoms, and Psi4's forces leave that
     # out. Oxygen's are the worst.

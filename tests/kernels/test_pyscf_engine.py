@@ -81,10 +81,12 @@ def test_another_molecule_does_not_start_from_the_last_ones_orbitals() -> None:
 
 def test_a_relaxation_taken_up_again_is_the_uninterrupted_one() -> None:
     settings = RelaxSettings(fmax=0.03)
-    whole = relax(WATER, BENT, engine(), settings)
-    part = relax(WATER, BENT, engine(), settings, on_step=lambda state: state.steps < 2)
+    whole = relax(WATER, BENT, engine(grid="coarse"), settings)
+    part = relax(
+        WATER, BENT, engine(grid="coarse"), settings, on_step=lambda state: state.steps < 2
+    )
     saved = RelaxState.from_arrays(part.to_arrays())
-    rest = relax(WATER, BENT, engine(), settings, state=saved)
+    rest = relax(WATER, BENT, engine(grid="coarse"), settings, state=saved)
     assert rest.steps == whole.steps
     np.testing.assert_allclose(rest.energies, whole.energies, atol=1e-8)
     np.testing.assert_allclose(rest.positions, whole.positions, atol=1e-6)
@@ -148,7 +150,7 @@ def test_impossible_molecules_are_inputs_not_crashes() -> None:
 def test_too_little_memory_is_said_before_anything_is_computed() -> None:
     hexane = np.array([6] * 6 + [1] * 14, dtype=np.uint8)
     positions = np.arange(60.0).reshape(20, 3)
-    with pytest.raises(ResourceError, match="density fitting .* needs .* MB"):
+    with pytest.raises(ResourceError, match=r"density fitting .* needs .* MB"):
         engine(memory=100_000_000).evaluate(hexane, positions)
 
 

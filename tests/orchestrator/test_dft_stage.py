@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from orchestrator.errors import CampaignError
 from orchestrator.kernel_calls import Payload, calculator_maker
 from orchestrator.stages import RelaxStage
 from orchestrator.stream import Estimate
-from tests.orchestrator.run_fixtures import write_campaign
+from tests.orchestrator.run_fixtures import by_key, running, store_of, write_campaign
 
 
 def relax(folder: Path, fields: str, level: str = DFT) -> RelaxStage:
@@ -92,3 +93,35 @@ def test_memory_of_a_program_that_the_child_started_counts() -> None:
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def test_a_campaign_relaxes_with_both_programs(
+    tmp_path: Path, require_engine: Callable[[str], None]
+) -> None:
+    require_engine("psi4")
+    level = 'level = "B3LYP/6-31G(2df,p)"\ngrid = "coarse"\n'
+    campaign = write_campaign(
+        tmp_path,
+        ["O", "Cl"],
+        stages='[[stages]]\nkernel = "embed"\n[[stages]]\nkernel = "mmff"\n'
+        f'[[stages]]\nname = "dft"\nkernel = "relax"\n{level}'
+        f'[[stages]]\nname = "other"\nkernel = "relax"\nfrom = "mmff"\nprogram = "psi4"\n{level}'
+        f'[[stages]]\nname = "energies"\nkernel = "single_points"\nfrom = "dft"\n{level}',
+    )
+    with running(campaign) as run:
+        assert run.wait(180.0) in (0, 1), run.output()
+    store = store_of(campaign)
+    rows = {row["program"].split()[0]: row for row in by_key(store, "relaxations").values()}
+    assert set(rows) == {"pyscf", "psi4"}
+    for row in rows.values():
+        assert np.frombuffer(row["final_energy_eV"])[0] == pytest.approx(-2079.65, abs=0.1)
+        oxygen, *hydrogens = np.frombuffer(row["positions"]).reshape(3, 3)
+        lengths = [np.linalg.norm(atom - oxygen) for atom in hydrogens]
+        assert lengths == pytest.approx([0.962, 0.962], abs=0.005)
+    assert len(by_key(store, "single_points")) == 1
+    failed = [row for row in by_key(store, "tasks").values() if row["status"] != "ok"]
+    assert {(row["stage"], row["status"]) for row in failed} == {
+        ("dft", "input"),
+        ("other", "input"),
+    }
+    assert all(b"atomic number 17; use another level" in row["message"] for row in failed)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kernels.calculators import DFT
 from orchestrator import doctor
 from orchestrator.doctor import Finding, examine
 from tests.orchestrator.random_stores import read_only
@@ -55,6 +56,33 @@ def test_both_programs_agree_on_water(
     words = [found[f"{name} (GFN2-xTB)"].detail.split() for name in ("tblite", "xtb-python")]
     energies = [float(w[w.index("eV") - 1]) for w in words]
     assert energies[0] == pytest.approx(energies[1], abs=1e-3)
+
+
+def test_dft_is_tried_with_both_programs(
+    found: dict[str, Finding], require_engine: Callable[[str], None]
+) -> None:
+    # Of water, -76.42 hartree; five d functions in place of six are 0.08 eV above.
+    pyscf = found[f"PySCF ({DFT})"]
+    assert (pyscf.state, "energy of water -2079.65" in pyscf.detail) == ("ok", True), pyscf
+    require_engine("psi4")
+    psi4 = found[f"Psi4 ({DFT})"]
+    assert (psi4.state, "energy of water -2079.57" in psi4.detail) == ("ok", True), psi4
+
+
+def test_psi4_is_missing_or_wrongly_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import psi4_engine
+
+    monkeypatch.setenv("BASIN_PSI4_PYTHON", "/bin/false")
+    wrong = doctor._psi4()
+    assert wrong.state == "broken"
+    assert "BASIN_PSI4_PYTHON=/bin/false cannot import psi4" in wrong.detail
+    monkeypatch.delenv("BASIN_PSI4_PYTHON")
+    monkeypatch.setattr(psi4_engine, "_ask_version", lambda *_: None)
+    psi4_engine._find.cache_clear()
+    missing = doctor._psi4()
+    psi4_engine._find.cache_clear()
+    assert missing.state == "missing"
+    assert "apt-get install psi4" in missing.detail
 
 
 def test_an_optional_engine_that_lacks_is_missing_not_broken(

@@ -38,6 +38,7 @@ def store(tmp_path: Path) -> Store:
     return Store.create(tmp_path / "store", "locks")
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_the_first_is_unharmed(tmp_path: Path) -> None:
     smiles = ["C" * n for n in range(1, 6)]
     campaign = write_campaign(tmp_path, smiles, stages=STAGES)

@@ -51,6 +51,7 @@ def by_smiles(store: Store) -> dict[str, dict[str, object]]:
     return {smiles[row["mol_key"]]: row for row in by_key(store, "tasks").values()}
 
 
+@pytest.mark.slow
 def test_faults_of_one_bundle_are_rows_of_their_own(tmp_path: Path) -> None:
     molecules = ["C" * n for n in range(1, 21)]
     limits = 'time_limit = "6 s"\nmemory_limit = "250 MB"\n'
