@@ -8,7 +8,8 @@ KernelError
 │   └── StepCapError    the steps of a relaxation
 ├── NotFiniteError      a NaN or an infinity appeared
 │   └── CollapsedError  atoms sit on top of each other
-└── ResourceError       memory or another resource ran out
+├── ResourceError       memory or another resource ran out
+└── ProgramError        a program that runs apart died, or failed in a way nobody foresaw
 """
 
 from typing import ClassVar
@@ -69,6 +70,12 @@ class ResourceError(KernelError):
     """Memory or another resource ran out; may succeed with more."""
 
     status: ClassVar[str] = "resource"
+
+
+class ProgramError(KernelError):
+    """A program that runs in a process of its own died, or failed in a way nobody foresaw."""
+
+    status: ClassVar[str] = "crash"
 
 
 def _convergence_error(

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from kernels import basis
 from kernels.calculators import GRIDS, DftSettings
 from kernels.engines import Engine
-from kernels.errors import InputError, KernelError, ResourceError, ScfError
+from kernels.errors import InputError, KernelError, ProgramError, ResourceError, ScfError
 from kernels.graph import check_spin
 from kernels.units import (
     BOHR_TO_ANGSTROM,
@@ -256,7 +256,7 @@ def _failure(answer: dict[str, Any], settings: DftSettings) -> KernelError:
         return ResourceError(f"psi4: {text}; give more memory than {settings.memory / 1e9:.2g} GB")
     if name in ("ValidationError", "BasisSetNotFound"):
         return InputError(f"psi4: {text}")
-    return KernelError(f"psi4: {name}: {text}")
+    return ProgramError(f"psi4: {name}: {text}")
 
 
 class _WorkerDied(Exception):
@@ -331,7 +331,9 @@ class _Worker:
             raise self._death() from None
         answer = self._receive()
         if answer["id"] != self.calls:
-            raise KernelError(f"psi4: the answer is to request {answer['id']}, not to {self.calls}")
+            raise ProgramError(
+                f"psi4: the answer is to request {answer['id']}, not to {self.calls}"
+            )
         self.resident = int(answer["resident"])
         return answer
 
@@ -454,7 +456,7 @@ def _crash(death: _WorkerDied, request: dict[str, Any]) -> KernelError:
         how = f"was ended by {signal.Signals(number).name}"
     except ValueError:
         how = f"exited with status {death.status}"
-    return KernelError(f"psi4 {how} twice while it computed {size}; it said: {death}")
+    return ProgramError(f"psi4 {how} twice while it computed {size}; it said: {death}")
 
 
 # Scratch folders: named so that one left by processes of this machine that are gone, all killed at

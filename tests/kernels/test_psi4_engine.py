@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kernels import psi4_engine
 from kernels.calculators import DftSettings, program_version
-from kernels.errors import InputError, KernelError, ResourceError, ScfError
+from kernels.errors import InputError, KernelError, ProgramError, ResourceError, ScfError
 from kernels.psi4_engine import Psi4
 from kernels.units import HARTREE_TO_EV
 
@@ -190,7 +190,7 @@ def test_failures_have_classes_and_remedies() -> None:
 
 
 def test_an_unforeseen_failure_costs_the_worker_and_nothing_else() -> None:
-    with pytest.raises(KernelError, match="psi4: "):
+    with pytest.raises(ProgramError, match="psi4: "):
         Psi4(COARSE).evaluate(*molecule([1, 1], [[0.0, 0, 0], [0, 0, 1e-6]]))
     assert psi4_engine._worker is None
     assert Psi4(COARSE).evaluate(*WATER)[0] < 0
@@ -221,7 +221,7 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGKILL, ResourceError), (signal.SIGSEGV, KernelError)]
+    ("number", "error"), [(signal.SIGKILL, ResourceError), (signal.SIGSEGV, ProgramError)]
 )
 def test_a_molecule_that_kills_every_worker_is_a_failure(
     number: signal.Signals, error: type[KernelError]

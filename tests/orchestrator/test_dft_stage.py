@@ -14,10 +14,12 @@ import pytest
 
 from kernels import calculators
 from kernels.calculators import DFT
+from kernels.errors import KernelError, ProgramError
 from orchestrator import guard
 from orchestrator.campaign import load_campaign
 from orchestrator.errors import CampaignError
 from orchestrator.kernel_calls import Payload, calculator_maker
+from orchestrator.schema import STATUSES
 from orchestrator.stages import RelaxStage
 from orchestrator.stream import Estimate
 from tests.orchestrator.run_fixtures import by_key, running, store_of, write_campaign
@@ -125,3 +127,11 @@ def test_a_campaign_relaxes_with_both_programs(
         ("other", "input"),
     }
     assert all(b"atomic number 17; use another level" in row["message"] for row in failed)
+
+
+def test_every_failure_of_a_kernel_has_a_class_that_tables_know() -> None:
+    kinds = [KernelError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {kind.status for kind in kinds[1:]} <= set(STATUSES)
+    assert ProgramError in kinds
