@@ -260,11 +260,15 @@ def _failure(answer: dict[str, Any], settings: DftSettings) -> KernelError:
 
 
 class _WorkerDied(Exception):
-    """The worker ended before it had answered; its exit status and last words are attached."""
+    """The worker ended before it had answered; its exit status and last words are attached.
 
-    def __init__(self, status: int, messages: str) -> None:
+    `fresh`: it had answered nothing before, so that it was not dying already when it was asked.
+    """
+
+    def __init__(self, status: int, messages: str, *, fresh: bool) -> None:
         super().__init__(messages)
         self.status = status
+        self.fresh = fresh
 
 
 class _Worker:
@@ -353,7 +357,7 @@ class _Worker:
             messages = (self.scratch / "messages").read_text(errors="replace").strip()
         except OSError:
             messages = ""
-        return _WorkerDied(self.close(), messages[-500:])
+        return _WorkerDied(self.close(), messages[-500:], fresh=self.calls <= 1)
 
     def close(self) -> int:
         """End the worker, remove its scratch folder and return its exit status."""
@@ -391,16 +395,16 @@ _one_at_a_time = threading.Lock()
 
 
 def _ask(installation: Installation, request: dict[str, Any]) -> dict[str, Any]:
-    """Have `request` answered by the worker, by a fresh one where it dies of it."""
+    """Have `request` answered by the worker; where it dies, by a fresh one, and by a second."""
+    deaths = 0
     with _one_at_a_time:
-        try:
-            return _exchange(installation, request)
-        except _WorkerDied:
-            pass
-        try:
-            return _exchange(installation, request)
-        except _WorkerDied as death:
-            raise _crash(death, request) from None
+        while True:
+            try:
+                return _exchange(installation, request)
+            except _WorkerDied as death:
+                deaths += death.fresh
+                if deaths == 2:
+                    raise _crash(death, request) from None
 
 
 def _exchange(installation: Installation, request: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def test_another_element_is_named_with_a_way_out(number: int) -> None:
         basis.n_functions([6, number])
 
 
-@pytest.mark.parametrize("n_heavy", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_heavy", [3, 5])
 def test_energies_are_those_of_qm9(shared_data: Path, n_heavy: int) -> None:
     with np.load(shared_data / "qm9" / "qm9_b3lyp_geometries.npz") as qm9:
         numbers, positions = qm9["numbers"], qm9["positions"]

@@ -271,6 +271,7 @@ def write_slow(folder: Path, seconds: str = "0.3 s", n: int = 200) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_detached_run_is_watched_and_stopped_from_elsewhere(tmp_path: Path) -> None:
     path = write_slow(tmp_path)
     store = tmp_path / "slow.basin"

@@ -223,6 +223,7 @@ def test_ctrl_c_while_the_files_are_read_drains(tmp_path: Path) -> None:
         run.assert_gone()
 
 
+@pytest.mark.slow
 def test_a_start_that_is_gone_leaves_its_task_waiting(tmp_path: Path) -> None:
     """Geometries of a file live in one shard of the inbox; without it there is no start."""
     (tmp_path / "water.xyz").write_text("3\n\nO 0 0 0\nH 0.96 0 0\nH -0.24 0.93 0\n")

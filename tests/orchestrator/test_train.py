@@ -158,6 +158,7 @@ def test_a_training_leaves_what_its_user_needs(
     assert sum(model["config"]["size_histogram"].values()) == 160
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_very_same_weights(toy: Callable[..., Path]) -> None:
     whole, broken = toy("whole", epochs="epochs = 12"), toy("broken", epochs="epochs = 12")
     plain(whole)
