@@ -25,11 +25,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: $(VENV)/.installed  ## Relax about 65 real molecules with MMFF94 and GFN2-xTB; write a report.
 	$(BIN)/basin run jobs/quickstart.toml --report
 
+# Two files of tests at a time: much of what they do is to wait for processes and clocks.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed-dev  ## Run the test suite (minutes); slow physics is left out.
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed-dev  ## Run the slow tests, which `make test` leaves out.
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 MINUTES ?= 20
 chaos: $(VENV)/.installed-dev  ## Disturb a campaign on a real SLURM for MINUTES=20 (root, slurm-wlm, munge).

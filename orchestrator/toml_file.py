@@ -348,14 +348,14 @@ def choose(word: str, names: Iterable[str]) -> str:
 
 
 def show(value: object) -> str:
-    """A value as the file would write it, short enough for one line."""
+    """A value as the file would write it, short enough for one line: the end of a path stays."""
     if isinstance(value, Path):
         value = str(value)
     try:
         text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 else f"{text[:28]}...{text[-49:]}"
 
 
 _WRONG_TYPE: Final[Mapping[str, str]] = {
