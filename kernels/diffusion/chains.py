@@ -485,15 +485,16 @@ def _broken(start: ChainStart, positions: Floats) -> str:
     if collapsed(start.numbers, xyz):
         return "two atoms fell into each other"
     pieces = _pieces(start.numbers, xyz)
-    if pieces > _pieces(start.numbers, start.positions):
+    if pieces > 1 and pieces > _pieces(start.numbers, start.positions):
         return f"the molecule fell into {pieces} pieces"
     return ""
 
 
 def _pieces(numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> int:
-    near = np.eye(len(numbers), dtype=bool)
+    near = np.eye(len(numbers), dtype=np.float32)
     first, second = bonds(numbers, positions, factor=_PIECES_FACTOR).T
-    near[first, second] = near[second, first] = True
+    near[first, second] = near[second, first] = 1
     for _ in range(len(numbers).bit_length()):
-        near = near @ near
-    return len(np.unique(near, axis=0))
+        near = np.minimum(near @ near, 1)
+    # Each piece is counted by the first of its atoms.
+    return int((near.argmax(axis=1) == np.arange(len(numbers))).sum())

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,17 @@ DRUGS_ELEMENTS: Final = (1, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 33, 35, 53, 80, 8
 
 _MIN_SQUARED_DISTANCE = 1e-8
 
-Scratch: TypeAlias = tuple[Tensor, Tensor]
+# An array that is written again and again, and its parts by size.
+Parted: TypeAlias = tuple[Tensor, list[Tensor]]
+
+
+class Scratch(NamedTuple):
+    """Arrays that all blocks of a network share: two (P, H), and two (3, P)."""
+
+    inner: Parted
+    outer: Parted
+    apart: Parted
+    along: Parted
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ class Packing:
         return _parted(values, dim, self._n_pairs, [(count, n, n) for count, n in self.groups])
 
     def scratch(self, state: Tensor) -> Scratch | None:
-        """Two arrays (P, H) that all blocks share, for states (A, H); None while training.
+        """Arrays that all blocks share, for states (A, H); None while training.
 
         An array of its own for every layer would cost more than the layer's sums: the system hands
         out memory of this size page by page, and takes it back at once.
@@ -180,8 +190,13 @@ class Packing:
         if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
             return None
         if self._scratch is None:
-            shape = sum(self._n_pairs), state.shape[1]
-            self._scratch = state.new_empty(shape), state.new_empty(shape)
+            n_pairs, hidden = sum(self._n_pairs), state.shape[1]
+            wide = [state.new_empty(n_pairs, hidden) for _ in range(2)]
+            flat = [state.new_empty(3, n_pairs) for _ in range(2)]
+            self._scratch = Scratch(
+                *((array, self.pairs(array)) for array in wide),
+                *((array, self.pairs(array, 1)) for array in flat),
+            )
         return self._scratch
 
 
@@ -227,7 +242,7 @@ class Egnn(nn.Module):
         moved = start
         initial: Tensor | None = None
         for block in self.blocks:
-            apart = _apart(moved, packing)
+            apart = _apart(moved, packing, scratch)
             squared = apart.square().sum(dim=0)
             initial = squared if initial is None else initial
             lengths = (squared + _MIN_SQUARED_DISTANCE).sqrt() + self.norm_constant
@@ -249,10 +264,15 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _apart(x: Tensor, packing: Packing) -> Tensor:
+def _apart(x: Tensor, packing: Packing, scratch: Scratch | None) -> Tensor:
     """Vectors x_i - x_j (3, P) of all pairs, for x (3, A)."""
-    parts = [part[..., None] - part[..., None, :] for part in packing.atoms(x, 1)]
-    return _joined([part.flatten(1) for part in parts], 1)
+    ends = [(part[..., None], part[..., None, :]) for part in packing.atoms(x, 1)]
+    if scratch is None:
+        return _joined([(i - j).flatten(1) for i, j in ends], 1)
+    found, parts = scratch.apart
+    for (i, j), out in zip(ends, parts, strict=True):
+        torch.sub(i, j, out=out)
+    return found
 
 
 class _PairNetwork(nn.Module):
@@ -276,8 +296,8 @@ class _PairNetwork(nn.Module):
             sums = _joined([(i + j).flatten(0, 2) for i, j in ends], 0)
             pairs = functional.linear(distances.t(), weight[:, 2 * width :]) + sums
             return functional.silu(self.second(functional.silu(pairs)))
-        inner, outer = scratch
-        for (i, j), out in zip(ends, packing.pairs(inner), strict=True):
+        inner, outer = scratch.inner[0], scratch.outer[0]
+        for (i, j), out in zip(ends, scratch.inner[1], strict=True):
             torch.add(i, j, out=out)
         inner.addmm_(distances.t(), weight[:, 2 * width :].t())
         functional.silu(inner, inplace=True)
@@ -305,7 +325,7 @@ class _Messages(nn.Module):
         weights = packing.others
         if self.gate is not None:
             weights = weights * torch.sigmoid(self.gate(messages).squeeze(-1))
-        received = _received(weights, messages, packing, in_place=scratch is not None)
+        received = _received(weights, messages, packing, scratch)
         if self.scale != 1:
             received = received * self.scale
         inner = functional.silu(self.node_first(torch.cat([h, received], dim=-1)))
@@ -313,15 +333,18 @@ class _Messages(nn.Module):
         return updated
 
 
-def _received(weights: Tensor, messages: Tensor, packing: Packing, *, in_place: bool) -> Tensor:
+def _received(
+    weights: Tensor, messages: Tensor, packing: Packing, scratch: Scratch | None
+) -> Tensor:
     """Sum over j of weight_ij m_ij (A, H), for weights (P,) and messages (P, H)."""
-    if in_place:
-        # Products of such small matrices cost several times as much as the bare sum.
-        parts = [part.sum(dim=2) for part in packing.pairs(messages.mul_(weights[:, None]))]
-    else:
+    if scratch is None:
         both = zip(packing.pairs(weights), packing.pairs(messages), strict=True)
-        parts = [(weight[:, :, None] @ message).squeeze(2) for weight, message in both]
-    return _joined([part.flatten(0, 1) for part in parts], 0)
+        sums = [(weight[:, :, None] @ message).squeeze(2) for weight, message in both]
+    else:
+        # Products of such small matrices cost several times as much as the bare sum.
+        messages.mul_(weights[:, None])
+        sums = [part.sum(dim=2) for part in scratch.outer[1]]
+    return _joined([part.flatten(0, 1) for part in sums], 0)
 
 
 class _Block(nn.Module):
@@ -355,6 +378,11 @@ class _Block(nn.Module):
             # In every block the whole range, not its share of the layers: as published.
             moves = torch.tanh(moves) * self.coords_range
         # The vector from an atom to itself is zero.
-        along = packing.pairs(apart * (moves / lengths), 1)
+        weights = moves / lengths
+        if scratch is None:
+            along = packing.pairs(apart * weights, 1)
+        else:
+            along = scratch.along[1]
+            torch.mul(apart, weights, out=scratch.along[0])
         total = _joined([part.sum(dim=-1).flatten(1) for part in along], 1)
         return h, x + total * self.scale
