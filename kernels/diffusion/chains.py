@@ -58,7 +58,7 @@ _PIECES_FACTOR: Final = 2.0
 
 # How long a segment lasts, and what its frames may take, when its steps are not given.
 _SEGMENT_S: Final = 10.0
-_SEGMENT_BYTES: Final = 8 << 20
+_SEGMENT_BYTES: Final = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
