@@ -1,9 +1,10 @@
 """Diffusion chains in batches against one at a time; what diffusion moves save a Metropolis chain.
 
 `speed`: chains of the 14 published n for each of 10 molecules of QM9, all together; one chain at a
-time with the same code; and one at a time the published way, padded to 29 atoms. Networks are
-Basin's qm9-edm (64 wide, 5 layers) and smaller ones with random weights, which cost what trained
-ones cost. CPU time of all threads; the steps of the last two are few and scaled up.
+time with the same code; and one at a time the published way, padded to 29 atoms. Molecules are
+those of jobs/qm9_boltzmann.toml, and flexible ones of two ranges of sizes. Networks are Basin's
+qm9-edm (64 wide, 5 layers) and smaller ones with random weights, which cost what trained ones cost.
+CPU time of all threads; the last two ways make one chain of each molecule.
 
 `effective`: how many GFN2-xTB evaluations an independent sample of the energy takes, with Gaussian
 moves and with moves of the model, on flexible molecules of QM9. Plain chains decorrelate over
@@ -14,7 +15,7 @@ for reversible chains that bounds the autocorrelation time from below (the spect
 The energy's, which is the sum of the modes', is then the mean over the modes of
 2 sigma_i² / <a dq_i²>, with the chance of acceptance a and the harmonic spread sigma_i.
 
-    python -m benchmarks.diffusion_chains speed [--threads 1] [--steps 64] [--molecules 10]
+    python -m benchmarks.diffusion_chains speed [--threads 1] [--steps 64]
     python -m benchmarks.diffusion_chains effective [--steps 1600] [--molecules 4]
 """
 
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.machine import data_folder, table
+from benchmarks.machine import ROOT, data_folder, table
 from benchmarks.published_edm import PublishedEdm
 from kernels.calculators import evaluate, make_calculator
 from kernels.connectivity import bonds
@@ -71,6 +72,17 @@ def flexible(smallest: int, largest: int, count: int) -> list[tuple[Any, Any]]:
     return [found[at] for at in np.linspace(0, len(found) - 1, count).astype(int)]
 
 
+def protocol() -> list[tuple[Any, Any]]:
+    """Return numbers and positions of the molecules of the published protocol's campaign."""
+    from orchestrator.campaign import load_campaign
+    from orchestrator.molecules import find_files, read_entries
+
+    path = ROOT / "jobs" / "qm9_boltzmann.toml"
+    source = load_campaign(path, with_models=False).molecules
+    entries = read_entries(find_files(source, path.parent), source)
+    return [(e.molecule.numbers, e.positions) for e in entries if e.molecule is not None]
+
+
 def cpu_seconds(work: Callable[[], Any]) -> float:
     """Return the CPU seconds of all threads."""
     start = time.process_time()
@@ -104,7 +116,7 @@ def networks() -> list[tuple[str, Model, PublishedEdm]]:
     """Return models by name, each with the published network of its size."""
     trained = load("qm9-edm")
     made = [("qm9-edm", trained, PublishedEdm(trained.config).eval())]
-    for hidden, layers in ((32, 4), (16, 3)):
+    for hidden, layers in ((32, 4), (16, 3), (16, 2)):
         config = replace(trained.config, hidden=hidden, layers=layers)
         literal = PublishedEdm(config).eval()
         for name, parameter in literal.named_parameters():
@@ -118,15 +130,25 @@ def networks() -> list[tuple[str, Model, PublishedEdm]]:
     return made
 
 
-def speed(steps: int, molecules: int) -> None:
+def speed(steps: int) -> None:
     """Print chain steps a second, three ways."""
+    for name, molecules in (
+        ("of 9 to 15 atoms", flexible(9, 15, 10)),
+        ("of 14 to 22 atoms", flexible(14, 22, 10)),
+        ("of jobs/qm9_boltzmann.toml", protocol()),
+    ):
+        speed_of(name, molecules, steps)
+
+
+def speed_of(molecules: str, given: Sequence[tuple[Any, Any]], steps: int) -> None:
+    """Print chain steps a second of some molecules, three ways."""
     starts = [
         ChainStart(numbers, positions, seed=100 * row + n, n=n)
-        for row, (numbers, positions) in enumerate(flexible(14, 22, molecules))
+        for row, (numbers, positions) in enumerate(given)
         for n in LEVELS
     ]
     # The one-at-a-time ways: one chain of each molecule, an n of its own each.
-    sample = starts[:: len(LEVELS) + 1] if molecules > 1 else starts[:1]
+    sample = starts[:: len(LEVELS) + 1]
     rows = []
     for name, model, literal in networks():
 
@@ -158,7 +180,8 @@ def speed(steps: int, molecules: int) -> None:
         )
     sizes = [len(start.numbers) for start in starts]
     table(
-        f"Steps of {len(starts)} diffusion chains, {np.mean(sizes):.1f} atoms on average",
+        f"Steps of {len(starts)} diffusion chains of ten molecules {molecules}, "
+        f"{np.mean(sizes):.1f} on average",
         ["network", "together, 1/s", "one by one, 1/s", "published way, 1/s", "ratio", "ratio"],
         rows,
     )
@@ -280,12 +303,12 @@ def main() -> None:
     parser.add_argument("what", choices=["speed", "effective", "all"], nargs="?", default="all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, help="default: 64 for speed, 1600 for effective")
-    parser.add_argument("--molecules", type=int, help="default: 10 for speed, 4 for effective")
+    parser.add_argument("--molecules", type=int, help="of effective; default: 4")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.what != "effective":
-        speed(options.steps or 64, options.molecules or 10)
+        speed(options.steps or 64)
     if options.what != "speed":
         effective(options.steps or 1600, options.molecules or 4)
 

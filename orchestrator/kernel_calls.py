@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import InputError, KernelError
+from orchestrator.resident import release_code
 from orchestrator.schema import STATUSES
 
 if TYPE_CHECKING:
@@ -326,6 +327,7 @@ def load_model(model: str, digest: str, gpu: bool) -> Model:
 
     from kernels.diffusion.checkpoint import load
 
+    release_code(Path(torch.__file__).parent)
     # Many workers share a machine; more threads only pay where one has cores to itself.
     torch.set_num_threads(int(os.environ.get(TORCH_THREADS, "1")))
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"

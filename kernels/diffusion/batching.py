@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 # On a CPU a batch gains nothing once a step's calls cost little beside its arithmetic, and loses
 # when the activations of its pairs leave the cache: so many bytes of one such array are best
 # (measured between 2 and 4 MB for 12 to 24 atoms and a width of 256).
-_CPU_ARRAY = 3 * 2**20
+_CPU_ARRAY = 4 * 2**20
 
 # Arrays of (B, N, N, hidden) that are alive at once at inference, with a margin.
 _LIVE_ARRAYS = 4

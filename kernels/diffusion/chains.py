@@ -2,8 +2,8 @@
 
 The features are clean before every step, and the geometry recorded is the one right after it,
 without decoding (Rothchild et al., Chem. Sci. 2024, 15, 13506). At a small n such a chain wanders
-about a minimum like a molecule at a low temperature. Chains of equal numbers of atoms share the
-network's calls, whatever their n. The noise of a chain depends on its seed and the step alone.
+about a minimum like a molecule at a low temperature. Chains share the network's calls, whatever
+their n and their molecules. The noise of a chain depends on its seed and the step alone.
 
 Models of architecture "basin" predict no noise but z_0: the minimum near a geometry, to which the
 force field's curvature leads (`kernels.diffusion.guide`). The reverse step follows from it as well,
@@ -20,19 +20,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple
+from itertools import groupby
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kernels.connectivity import bonds, collapsed
 from kernels.diffusion.batching import in_batches
 from kernels.diffusion.checkpoint import Model
-from kernels.diffusion.egnn import features
-from kernels.diffusion.guide import Guide, at_most, predictor
+from kernels.diffusion.egnn import Egnn, Packing, features
+from kernels.diffusion.guide import Evaluate, Guide, at_most, predictor
 from kernels.diffusion.noise import normal
-from kernels.diffusion.process import Precision, at_precision, centred
+from kernels.diffusion.process import Precision, at_precision
 from kernels.diffusion.schedule import Schedule
 from kernels.errors import InputError, KernelError, NotFiniteError, ResourceError
 
@@ -56,7 +58,7 @@ _PIECES_FACTOR: Final = 2.0
 
 # How long a segment lasts, and what its frames may take, when its steps are not given.
 _SEGMENT_S: Final = 10.0
-_SEGMENT_BYTES: Final = 8 << 20
+_SEGMENT_BYTES: Final = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,21 +157,6 @@ class ChainsState:
             ) from error
 
 
-def init(model: Model, starts: Sequence[ChainStart]) -> ChainsState:
-    """Return the state before the first step: the centred starts, taken for z_n as they are."""
-    scale = model.config.feature_scaling[0]
-    x: list[Floats] = []
-    frames: list[list[Floats]] = []
-    for start in starts:
-        if _problem(model, start) is None:
-            x.append(((start.positions - _origin(start)) / scale).astype(np.float32))
-            frames.append([start.positions[None].astype(np.float32)])
-        else:
-            x.append(np.empty((0, 3), np.float32))
-            frames.append([])
-    return ChainsState(0, x, n_steps=[0] * len(x), diverged=[""] * len(x), _frames=frames)
-
-
 def diffusion_chains(
     model: Model,
     starts: Sequence[ChainStart],
@@ -202,12 +189,16 @@ def diffusion_chains(
     for name, value in (("steps", steps), ("save_every", save_every), ("segment", segment)):
         if value is not None and value < 1:
             raise InputError(f"{name} = {value} of a diffusion chain; give 1 or more")
-    problems = {
-        index: problem
-        for index, start in enumerate(starts)
-        if (problem := _problem(model, start)) is not None
-    }
-    state = init(model, starts) if state is None else state
+    problems: dict[int, KernelError] = {}
+    guides: dict[int, Guide] = {}
+    for index, start in enumerate(starts):
+        try:
+            _check(model, start)
+            if basin:
+                guides[index] = Guide(start.smiles, start.positions)
+        except KernelError as error:
+            problems[index] = error
+    state = _before(model, starts, problems) if state is None else state
     sizes = [0 if at in problems else len(start.numbers) for at, start in enumerate(starts)]
     if [len(x) for x in state.x] != sizes:
         raise InputError(
@@ -229,18 +220,10 @@ def diffusion_chains(
         results = in_batches(
             model,
             [sizes[index] for index in going],
-            partial(
-                _advance_guided if basin else _advance,
-                model,
-                state,
-                starts,
-                going,
-                piece,
-                precision,
-            ),
+            partial(_advance, model, state, starts, guides, going, piece, precision),
             memory_limit=memory_limit,
             batch_pairs=batch_pairs,
-            mixed=basin,
+            mixed=True,
         )
         for index, result in zip(going, results, strict=True):
             if isinstance(result, KernelError):
@@ -268,24 +251,35 @@ def _origin(start: ChainStart) -> NDArray[np.float64]:
     return origin
 
 
-def _problem(model: Model, start: ChainStart) -> KernelError | None:
+def _check(model: Model, start: ChainStart) -> None:
     numbers, positions = start.numbers, start.positions
     if numbers.ndim != 1 or not len(numbers) or positions.shape != (len(numbers), 3):
-        return InputError(f"positions {positions.shape} do not fit numbers {numbers.shape}")
+        raise InputError(f"positions {positions.shape} do not fit numbers {numbers.shape}")
     if not 1 <= start.n <= model.schedule.steps:
-        return InputError(
+        raise InputError(
             f"n = {start.n} is no diffusion step of model {model.name!r}; give 1 to "
             f"{model.schedule.steps}"
         )
     if not np.isfinite(positions).all():
-        return NotFiniteError("the starting positions contain NaN or infinity")
-    try:
-        features(torch.from_numpy(numbers[None].astype(np.int64)), model.config)
-        if model.config.architecture == "basin":
-            Guide(start.smiles, start.positions)
-    except KernelError as error:
-        return error
-    return None
+        raise NotFiniteError("the starting positions contain NaN or infinity")
+    features(torch.from_numpy(numbers[None].astype(np.int64)), model.config)
+
+
+def _before(
+    model: Model, starts: Sequence[ChainStart], problems: Mapping[int, KernelError]
+) -> ChainsState:
+    """Return the state before the first step: the centred starts, taken for z_n as they are."""
+    scale = model.config.feature_scaling[0]
+    x: list[Floats] = []
+    frames: list[list[Floats]] = []
+    for index, start in enumerate(starts):
+        if index in problems:
+            x.append(np.empty((0, 3), np.float32))
+            frames.append([])
+        else:
+            x.append(((start.positions - _origin(start)) / scale).astype(np.float32))
+            frames.append([start.positions[None].astype(np.float32)])
+    return ChainsState(0, x, n_steps=[0] * len(x), diverged=[""] * len(x), _frames=frames)
 
 
 class _Piece(NamedTuple):
@@ -317,96 +311,116 @@ def _advance(
     model: Model,
     state: ChainsState,
     starts: Sequence[ChainStart],
+    guides: Mapping[int, Guide],
     going: Sequence[int],
     piece: _Piece,
     precision: Precision,
     places: Sequence[int],
 ) -> list[_Made | KernelError]:
-    """Advance those of the chains `going` at some places, all of one size, over a piece.
+    """Advance those of the chains `going` at some places, in order of size, over a piece.
 
     The state itself is left as it is.
     """
     batch = [going[place] for place in places]
-    config, schedule, device = model.config, model.schedule, model.device
-    x_before = np.stack([state.x[index] for index in batch])
-    kept, looked_at = piece.kept(), piece.looked_at()
+    now = [state.x[index] for index in batch]
     if all(state.diverged[index] for index in batch):
-        return [_Made(x, x[None], x[None]) for x in x_before]
+        return [_Made(x, x[None], x[None]) for x in now]
+    mine = [starts[index] for index in batch]
+    kept, looked_at = piece.kept(), piece.looked_at()
     wanted = {step: at for at, step in enumerate(sorted({*kept, *looked_at}))}
-    levels = np.array([starts[index].n for index in batch])
-    numbers = np.stack([starts[index].numbers for index in batch])
-    coefficients = np.array([schedule.reverse_step(n) for n in levels.tolist()], dtype=np.float32)
-    with torch.inference_mode(), at_precision(precision, device) as evaluate:
-        clean = features(torch.from_numpy(numbers).to(device).long(), config)
-        level = torch.from_numpy((levels / schedule.steps).astype(np.float32)).to(device)
-        keep, remove, width = torch.from_numpy(coefficients.T[..., None, None]).to(device)
-        x = torch.from_numpy(x_before).to(device)
+    # Guides work on the CPU, wherever the network is.
+    device = torch.device("cpu") if guides else model.device
+    sizes = [len(x) for x in now]
+    packing = Packing([(len(list(same)), size) for size, same in groupby(sizes)], device)
+    width = _per_atom(mine, [model.schedule.reverse_step(start.n).noise for start in mine], device)
+    with torch.inference_mode(), at_precision(precision, model.device) as evaluate:
+        if guides:
+            # One that ended stays in the batch: others' sums must not be rounded otherwise.
+            ended = [bool(state.diverged[index]) for index in batch]
+            mean = _guided_mean(model, evaluate, mine, [guides[index] for index in batch], ended)
+        else:
+            mean = _mean(model, evaluate, mine, packing)
+        x = torch.from_numpy(np.concatenate(now)).to(device)
         found = torch.empty((len(wanted), *x.shape), dtype=torch.float32, device=device)
         noise = x.new_empty(0)
         for step in range(piece.first, piece.last):
             block, at = divmod(step, _NOISE_BLOCK)
             if at == 0 or step == piece.first:
-                drawn = [_noise(starts[index], block) for index in batch]
-                noise = torch.from_numpy(np.stack(drawn, axis=1)).to(device) * width
-            eps, _ = evaluate(model.network, x, clean, level)
-            x = centred((keep * x).sub_(remove * eps).add_(noise[at]))
+                drawn = np.concatenate([_noise(start, block) for start in mine], axis=1)
+                noise = torch.from_numpy(drawn).to(device) * width
+            x = mean(step, x).add_(noise[at])
+            for part in packing.atoms(x):
+                part.sub_(part.mean(dim=1, keepdim=True))
             if step + 1 in wanted:
                 found[wanted[step + 1]] = x
         x_after, frames = x.cpu().numpy(), found.cpu().numpy()
     rows_kept = frames[[wanted[step] for step in kept]]
     rows_looked_at = frames[[wanted[step] for step in looked_at]]
+    ends = np.cumsum(sizes)
     return [
-        _Made(x_after[row].copy(), rows_kept[:, row], rows_looked_at[:, row])
-        for row in range(len(batch))
+        _Made(x_after[first:end].copy(), rows_kept[:, first:end], rows_looked_at[:, first:end])
+        for first, end in zip(ends - sizes, ends, strict=True)
     ]
 
 
-def _advance_guided(
+def _per_atom(
+    starts: Sequence[ChainStart], values: Sequence[float], device: torch.device
+) -> Tensor:
+    """Values (A, 1) of all atoms of some chains, for one of each chain."""
+    repeated = np.repeat(np.array(values, dtype=np.float32), [len(s.numbers) for s in starts])
+    return torch.from_numpy(repeated[:, None]).to(device)
+
+
+# Mean of the reverse step (A, 3), for its number and the positions (A, 3) of all atoms.
+_Mean: TypeAlias = Callable[[int, Tensor], Tensor]
+
+
+def _mean(
+    model: Model, evaluate: Evaluate, starts: Sequence[ChainStart], packing: Packing
+) -> _Mean:
+    """Reverse steps by the noise that the network predicts."""
+    network, schedule, device = cast(Egnn, model.network), model.schedule, model.device
+    steps = [schedule.reverse_step(start.n) for start in starts]
+    keep = _per_atom(starts, [step.keep for step in steps], device)
+    remove = _per_atom(starts, [step.remove for step in steps], device)
+    level = _per_atom(starts, [start.n / schedule.steps for start in starts], device)[:, 0]
+    numbers = torch.from_numpy(np.concatenate([start.numbers for start in starts]))
+    clean = features(numbers.to(device).long(), model.config)
+
+    def mean(step: int, x: Tensor) -> Tensor:
+        eps, _ = evaluate(network.packed, x, clean, level, packing)
+        return (keep * x).sub_(remove * eps)
+
+    return mean
+
+
+def _guided_mean(
     model: Model,
-    state: ChainsState,
+    evaluate: Evaluate,
     starts: Sequence[ChainStart],
-    going: Sequence[int],
-    piece: _Piece,
-    precision: Precision,
-    places: Sequence[int],
-) -> list[_Made | KernelError]:
-    """Advance chains of a basin model, of any sizes, over a piece; the state is left as it is."""
-    batch = [starts[going[place]] for place in places]
-    now = [state.x[going[place]] for place in places]
-    ended = [bool(state.diverged[going[place]]) for place in places]
-    kept, looked_at = piece.kept(), piece.looked_at()
-    if all(ended):
-        return [_Made(x, x[None], x[None]) for x in now]
-    guides = [Guide(start.smiles, start.positions) for start in batch]
+    guides: Sequence[Guide],
+    ended: Sequence[bool],
+) -> _Mean:
+    """Reverse steps by the minimum that the guides find; a chain that ended stays where it is."""
     scale, schedule = model.config.feature_scaling[0], model.schedule
-    found: list[dict[int, Floats]] = [{} for _ in batch]
-    noise: list[Floats] = []
-    with torch.inference_mode(), at_precision(precision, model.device) as evaluate:
-        predict = predictor(model, evaluate, guides, [start.numbers for start in batch])
-        for step in range(piece.first, piece.last):
-            block, row = divmod(step, _NOISE_BLOCK)
-            if row == 0 or step == piece.first:
-                noise = [_noise(start, block) for start in batch]
-            predicted = predict([x.astype(np.float64) * scale for x in now])
-            for at, (guide, gradient) in enumerate(zip(guides, predicted, strict=True)):
-                # One that ended stays in the batch: others' sums must not be rounded otherwise.
-                if not ended[at]:
-                    x, n = now[at].astype(np.float64), batch[at].n
-                    if step % _CURVATURE_EVERY == 0 and np.isfinite(x).all():
-                        guide.look(x * scale)
-                    moved = _guided_step(guide, x, gradient, schedule, n, scale)
-                    moved += schedule.reverse_step(n).noise * noise[at][row]
-                    now[at] = (moved - moved.mean(axis=0)).astype(np.float32)
-                found[at][step + 1] = now[at]
-    return [
-        _Made(x, _rows(frames, kept, x), _rows(frames, looked_at, x))
-        for x, frames in zip(now, found, strict=True)
-    ]
+    predict = predictor(model, evaluate, guides, [start.numbers for start in starts])
+    borders = np.cumsum([len(start.numbers) for start in starts])[:-1]
 
+    def mean(step: int, x: Tensor) -> Tensor:
+        now = np.split(x.double().numpy(), borders)
+        predicted = predict([part * scale for part in now])
+        means = []
+        for start, guide, part, gradient, over in zip(
+            starts, guides, now, predicted, ended, strict=True
+        ):
+            if not over and step % _CURVATURE_EVERY == 0:
+                guide.look(part * scale)
+            means.append(
+                part if over else _guided_step(guide, part, gradient, schedule, start.n, scale)
+            )
+        return torch.from_numpy(np.concatenate(means).astype(np.float32))
 
-def _rows(frames: Mapping[int, Floats], steps: Sequence[int], like: Floats) -> Floats:
-    rows = [frames[step] for step in steps]
-    return np.stack(rows) if rows else np.empty((0, *like.shape), np.float32)
+    return mean
 
 
 def _guided_step(
@@ -471,15 +485,16 @@ def _broken(start: ChainStart, positions: Floats) -> str:
     if collapsed(start.numbers, xyz):
         return "two atoms fell into each other"
     pieces = _pieces(start.numbers, xyz)
-    if pieces > _pieces(start.numbers, start.positions):
+    if pieces > 1 and pieces > _pieces(start.numbers, start.positions):
         return f"the molecule fell into {pieces} pieces"
     return ""
 
 
 def _pieces(numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> int:
-    near = np.eye(len(numbers), dtype=bool)
+    near = np.eye(len(numbers), dtype=np.float32)
     first, second = bonds(numbers, positions, factor=_PIECES_FACTOR).T
-    near[first, second] = near[second, first] = True
+    near[first, second] = near[second, first] = 1
     for _ in range(len(numbers).bit_length()):
-        near = near @ near
-    return len(np.unique(near, axis=0))
+        near = np.minimum(near @ near, 1)
+    # Each piece is counted by the first of its atoms.
+    return int((near.argmax(axis=1) == np.arange(len(numbers))).sum())

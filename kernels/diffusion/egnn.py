@@ -1,17 +1,18 @@
 """The network of EDM: an E(3)-equivariant graph network that predicts the noise in a molecule.
 
-Molecules of equal size are computed together as dense arrays: no padding, no masks, no edge
-lists. The first layer of every edge network is linear in [h_i, h_j, d², d²_0], so it is split into
-products per atom, which are added per pair; the published code multiplies the concatenation.
+Molecules are computed together as dense arrays: what is per atom or per pair for all of them at
+once, sums over the atoms of a molecule for those of one size; no padding, no edge lists. The first
+layer of every edge network is linear in [h_i, h_j, d², d²_0], so it is split into products per
+atom, which are added per pair; the published code multiplies the concatenation.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,17 @@ DRUGS_ELEMENTS: Final = (1, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 33, 35, 53, 80, 8
 
 _MIN_SQUARED_DISTANCE = 1e-8
 
-Scratch: TypeAlias = tuple[Tensor, Tensor]
+# An array that is written again and again, and its parts by size.
+Parted: TypeAlias = tuple[Tensor, list[Tensor]]
+
+
+class Scratch(NamedTuple):
+    """Arrays that all blocks of a network share: two (P, H), and two (3, P)."""
+
+    inner: Parted
+    outer: Parted
+    apart: Parted
+    along: Parted
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,53 @@ def elements_of(h: Tensor, config: ModelConfig) -> Tensor:
     return known[h[..., : len(config.elements)].argmax(dim=-1)]
 
 
+class Packing:
+    """Molecules one after the other, those of one size in a row, and all ordered pairs of atoms.
+
+    `groups`: how many molecules there are of a size, and that size; A atoms and P pairs in all.
+    The pairs of a molecule are in the order of its first atom, and then of its second.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, int]], device: torch.device) -> None:
+        self.groups = list(groups)
+        self._n_atoms = [count * size for count, size in self.groups]
+        self._n_pairs = [count * size**2 for count, size in self.groups]
+        # 0 for an atom and itself, else 1: (P,).
+        self.others = torch.cat(
+            [
+                (1 - torch.eye(size, device=device)).flatten().repeat(count)
+                for count, size in self.groups
+            ]
+        )
+        self._scratch: Scratch | None = None
+
+    def atoms(self, values: Tensor, dim: int = 0) -> list[Tensor]:
+        """Views of the values of all atoms along a dimension, by size: (B, N) in its place."""
+        return _parted(values, dim, self._n_atoms, self.groups)
+
+    def pairs(self, values: Tensor, dim: int = 0) -> list[Tensor]:
+        """Views of the values of all pairs along a dimension, by size: (B, N, N) in its place."""
+        return _parted(values, dim, self._n_pairs, [(count, n, n) for count, n in self.groups])
+
+    def scratch(self, state: Tensor) -> Scratch | None:
+        """Arrays that all blocks share, for states (A, H); None while training.
+
+        An array of its own for every layer would cost more than the layer's sums: the system hands
+        out memory of this size page by page, and takes it back at once.
+        """
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
+            return None
+        if self._scratch is None:
+            n_pairs, hidden = sum(self._n_pairs), state.shape[1]
+            wide = [state.new_empty(n_pairs, hidden) for _ in range(2)]
+            flat = [state.new_empty(3, n_pairs) for _ in range(2)]
+            self._scratch = Scratch(
+                *((array, self.pairs(array)) for array in wide),
+                *((array, self.pairs(array, 1)) for array in flat),
+            )
+        return self._scratch
+
+
 class Egnn(nn.Module):
     """The noise predictor of EDM (Hoogeboom et al., ICML 2022; EGNN: Satorras et al., ICML 2021).
 
@@ -164,37 +222,57 @@ class Egnn(nn.Module):
 
         Returns eps_x (B, N, 3) and eps_h (B, N, F); the bond graph is not used.
         """
-        n_atoms = x.shape[1]
-        time = level.to(h.dtype)[:, None, None].expand(-1, n_atoms, 1)
-        state = self.embedding(torch.cat([h, time], dim=-1))
-        others = 1 - torch.eye(n_atoms, dtype=x.dtype, device=x.device)
-        scratch = _scratch(state)
-        moved = x
+        batch, n_atoms, _ = x.shape
+        flat_level = level[:, None].expand(batch, n_atoms).flatten()
+        packing = Packing([(batch, n_atoms)], x.device)
+        eps_x, eps_h = self.packed(x.flatten(0, 1), h.flatten(0, 1), flat_level, packing)
+        return eps_x.reshape(x.shape), eps_h.reshape(h.shape)
+
+    def packed(
+        self, x: Tensor, h: Tensor, level: Tensor, packing: Packing
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the noise for molecules of several sizes, packed together.
+
+        Positions x (A, 3), features h (A, F) and level (A,) of all atoms; returns eps_x (A, 3) and
+        eps_h (A, F).
+        """
+        state = self.embedding(torch.cat([h, level.to(h.dtype)[:, None]], dim=-1))
+        scratch = packing.scratch(state)
+        start = x.t()
+        moved = start
         initial: Tensor | None = None
         for block in self.blocks:
-            apart = moved[:, :, None] - moved[:, None]
-            squared = apart.square().sum(dim=-1)
+            apart = _apart(moved, packing, scratch)
+            squared = apart.square().sum(dim=0)
             initial = squared if initial is None else initial
             lengths = (squared + _MIN_SQUARED_DISTANCE).sqrt() + self.norm_constant
-            directions = apart / lengths[..., None]
-            distances = torch.stack([squared, initial], dim=-1)
-            state, moved = block(state, moved, distances, directions, others, scratch)
-        eps = moved - x
-        return eps - eps.mean(dim=1, keepdim=True), self.readout(state)[..., :-1]
+            distances = torch.stack([squared, initial])
+            state, moved = block(state, moved, apart, distances, lengths, packing, scratch)
+        eps = [part - part.mean(dim=2, keepdim=True) for part in packing.atoms(moved - start, 1)]
+        return _joined([part.flatten(1) for part in eps], 1).t(), self.readout(state)[..., :-1]
 
 
-def _scratch(state: Tensor) -> Scratch | None:
-    """Two arrays (B, N, N, H) that all blocks share, for states (B, N, H); None while training.
+def _parted(
+    values: Tensor, dim: int, lengths: Sequence[int], shapes: Sequence[tuple[int, ...]]
+) -> list[Tensor]:
+    before, after = values.shape[:dim], values.shape[dim + 1 :]
+    parts = [values] if len(shapes) == 1 else values.split_with_sizes(lengths, dim)
+    return [part.view(*before, *shape, *after) for part, shape in zip(parts, shapes, strict=True)]
 
-    An array of its own for every layer would cost more than the layer's sums: the system hands out
-    memory of this size page by page, and takes it back at once.
-    """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(state.device.type):
-        return None
-    batch, n_atoms, width = state.shape
-    return state.new_empty(batch, n_atoms, n_atoms, width), state.new_empty(
-        batch, n_atoms, n_atoms, width
-    )
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _apart(x: Tensor, packing: Packing, scratch: Scratch | None) -> Tensor:
+    """Vectors x_i - x_j (3, P) of all pairs, for x (3, A)."""
+    ends = [(part[..., None], part[..., None, :]) for part in packing.atoms(x, 1)]
+    if scratch is None:
+        return _joined([(i - j).flatten(1) for i, j in ends], 1)
+    found, parts = scratch.apart
+    for (i, j), out in zip(ends, parts, strict=True):
+        torch.sub(i, j, out=out)
+    return found
 
 
 class _PairNetwork(nn.Module):
@@ -206,24 +284,24 @@ class _PairNetwork(nn.Module):
         self.first = nn.Linear(2 * hidden + 2, hidden)
         self.second = nn.Linear(hidden, hidden)
 
-    def forward(self, h: Tensor, distances: Tensor, scratch: Scratch | None) -> Tensor:
-        """Return (B, N, N, H) for h (B, N, H) and distances (B, N, N, 2), maybe in `scratch`."""
+    def forward(
+        self, h: Tensor, distances: Tensor, packing: Packing, scratch: Scratch | None
+    ) -> Tensor:
+        """Return (P, H) for h (A, H) and distances (2, P), maybe in `scratch`."""
         weight, width = self.first.weight, self.hidden
-        at_i = functional.linear(h, weight[:, :width], self.first.bias)[:, :, None]
-        at_j = functional.linear(h, weight[:, width : 2 * width])[:, None]
+        at_i = packing.atoms(functional.linear(h, weight[:, :width], self.first.bias))
+        at_j = packing.atoms(functional.linear(h, weight[:, width : 2 * width]))
+        ends = [(i[:, :, None], j[:, None]) for i, j in zip(at_i, at_j, strict=True)]
         if scratch is None:
-            pairs = functional.linear(distances, weight[:, 2 * width :]) + at_i + at_j
+            sums = _joined([(i + j).flatten(0, 2) for i, j in ends], 0)
+            pairs = functional.linear(distances.t(), weight[:, 2 * width :]) + sums
             return functional.silu(self.second(functional.silu(pairs)))
-        inner, outer = scratch
-        torch.add(at_i, at_j, out=inner)
-        inner.view(-1, width).addmm_(distances.view(-1, 2), weight[:, 2 * width :].t())
+        inner, outer = scratch.inner[0], scratch.outer[0]
+        for (i, j), out in zip(ends, scratch.inner[1], strict=True):
+            torch.add(i, j, out=out)
+        inner.addmm_(distances.t(), weight[:, 2 * width :].t())
         functional.silu(inner, inplace=True)
-        torch.addmm(
-            self.second.bias,
-            inner.view(-1, width),
-            self.second.weight.t(),
-            out=outer.view(-1, width),
-        )
+        torch.addmm(self.second.bias, inner, self.second.weight.t(), out=outer)
         return functional.silu(outer, inplace=True)
 
 
@@ -240,19 +318,33 @@ class _Messages(nn.Module):
         self.node_second = nn.Linear(hidden, hidden)
 
     def forward(
-        self, h: Tensor, distances: Tensor, others: Tensor, scratch: Scratch | None
+        self, h: Tensor, distances: Tensor, packing: Packing, scratch: Scratch | None
     ) -> Tensor:
-        messages = self.pairs(h, distances, scratch)
-        weights = others.expand(messages.shape[:-1])
+        messages = self.pairs(h, distances, packing, scratch)
+        # An atom sends nothing to itself.
+        weights = packing.others
         if self.gate is not None:
             weights = weights * torch.sigmoid(self.gate(messages).squeeze(-1))
-        # Σ_j weight_ij m_ij; an atom sends nothing to itself.
-        received = (weights[..., None, :] @ messages).squeeze(-2)
+        received = _received(weights, messages, packing, scratch)
         if self.scale != 1:
             received = received * self.scale
         inner = functional.silu(self.node_first(torch.cat([h, received], dim=-1)))
         updated: Tensor = h + self.node_second(inner)
         return updated
+
+
+def _received(
+    weights: Tensor, messages: Tensor, packing: Packing, scratch: Scratch | None
+) -> Tensor:
+    """Sum over j of weight_ij m_ij (A, H), for weights (P,) and messages (P, H)."""
+    if scratch is None:
+        both = zip(packing.pairs(weights), packing.pairs(messages), strict=True)
+        sums = [(weight[:, :, None] @ message).squeeze(2) for weight, message in both]
+    else:
+        # Products of such small matrices cost several times as much as the bare sum.
+        messages.mul_(weights[:, None])
+        sums = [part.sum(dim=2) for part in scratch.outer[1]]
+    return _joined([part.flatten(0, 1) for part in sums], 0)
 
 
 class _Block(nn.Module):
@@ -273,17 +365,24 @@ class _Block(nn.Module):
         self,
         h: Tensor,
         x: Tensor,
+        apart: Tensor,
         distances: Tensor,
-        directions: Tensor,
-        others: Tensor,
+        lengths: Tensor,
+        packing: Packing,
         scratch: Scratch | None,
     ) -> tuple[Tensor, Tensor]:
         for layer in self.messages:
-            h = layer(h, distances, others, scratch)
-        lengths = self.length(self.pairs(h, distances, scratch)).squeeze(-1)
+            h = layer(h, distances, packing, scratch)
+        moves = self.length(self.pairs(h, distances, packing, scratch)).squeeze(-1)
         if self.tanh:
             # In every block the whole range, not its share of the layers: as published.
-            lengths = torch.tanh(lengths) * self.coords_range
-        # The direction from an atom to itself is zero.
-        moves = (lengths[..., None, :] @ directions).squeeze(-2)
-        return h, x + moves * self.scale
+            moves = torch.tanh(moves) * self.coords_range
+        # The vector from an atom to itself is zero.
+        weights = moves / lengths
+        if scratch is None:
+            along = packing.pairs(apart * weights, 1)
+        else:
+            along = scratch.along[1]
+            torch.mul(apart, weights, out=scratch.along[0])
+        total = _joined([part.sum(dim=-1).flatten(1) for part in along], 1)
+        return h, x + total * self.scale

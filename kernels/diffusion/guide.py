@@ -10,6 +10,7 @@ by (`kernels.diffusion.chains`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final, TypeAlias, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from kernels.diffusion.checkpoint import Model
 from kernels.diffusion.egnn import features
 from kernels.diffusion.refiner import Refiner, layout
-from kernels.errors import InputError
+from kernels.errors import InputError, NotFiniteError
 from kernels.forcefield import Surface, compliance
 from kernels.graph import bond_orders
 
@@ -48,12 +49,14 @@ class Guide:
         self.bonds = bond_orders(smiles)
         self.surface = Surface(smiles, positions)
         self.compliance = compliance(self.surface.hessian(positions), positions, SOFTEST)
+        self._at_start = self.compliance
 
     def look(self, positions: NDArray[np.float64]) -> None:
-        """Take the curvature at other positions (N, 3) in Å, if it is finite there."""
-        hessian = self.surface.hessian(positions)
-        if np.isfinite(hessian).all():
-            self.compliance = compliance(hessian, positions, SOFTEST)
+        """Take the curvature at other positions (N, 3) in Å; the start's where it is not finite."""
+        self.compliance = self._at_start
+        with suppress(NotFiniteError):
+            if np.isfinite(positions).all():
+                self.compliance = compliance(self.surface.hessian(positions), positions, SOFTEST)
 
     def aim(
         self, positions: NDArray[np.float64], predicted: NDArray[np.float64]

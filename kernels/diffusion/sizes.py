@@ -39,10 +39,15 @@ def packed(sizes: Sequence[int], most_pairs: int, *, mixed: bool) -> list[list[i
     """Share molecules of ``sizes`` atoms out to batches; return their places, the smallest first.
 
     A batch holds ``most_pairs`` pairs of atoms at most, or one molecule, and molecules of equal
-    size unless ``mixed``; of like size it holds them in any case.
+    size unless ``mixed``; of like size it holds them in any case. Mixed ones share out alike.
     """
     made: list[list[int]] = []
     pairs = 0
+    if mixed:
+        total = sum(size**2 for size in sizes)
+        # No last batch of a few, which would cost as many calls as the others.
+        largest = max(sizes, default=0) ** 2
+        most_pairs = min(most_pairs, total // max(1, -(-total // most_pairs)) + largest)
     for place in sorted(range(len(sizes)), key=lambda place: sizes[place]):
         mine = sizes[place] ** 2
         fits = bool(made) and (mixed or sizes[made[-1][0]] == sizes[place])

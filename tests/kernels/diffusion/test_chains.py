@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernels.calculators import evaluate, make_calculator
 from kernels.diffusion.chains import ChainsState, ChainStart, DiffusionChain, diffusion_chains
 from kernels.diffusion.checkpoint import Model, load
-from kernels.diffusion.egnn import ModelConfig, build, features
+from kernels.diffusion.egnn import ModelConfig, Packing, build, features
 from kernels.diffusion.schedule import Schedule
 from kernels.embedding import embed
 from kernels.errors import InputError, NotFiniteError
@@ -38,10 +38,12 @@ class _Known(nn.Module):
         self.answer = answer
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, x: Tensor, h: Tensor, level: Tensor, graph: Tensor | None
+    def packed(
+        self, x: Tensor, h: Tensor, level: Tensor, packing: Packing
     ) -> tuple[Tensor, Tensor]:
-        return self.answer(x, level), torch.full_like(h, math.nan)
+        molecules = zip(packing.atoms(x), packing.atoms(level), strict=True)
+        found = [self.answer(part, at[:, 0]).flatten(0, 1) for part, at in molecules]
+        return torch.cat(found), torch.full_like(h, math.nan)
 
 
 # Propane and water, far from the origin.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.published_edm import PublishedEdm
-from kernels.diffusion.egnn import ModelConfig, build, elements_of, features
+from kernels.diffusion.egnn import Egnn, ModelConfig, Packing, build, elements_of, features
 from kernels.diffusion.published import renamed
 from kernels.errors import InputError
 
@@ -72,6 +72,25 @@ def test_training_and_inference_compute_the_same(name: str) -> None:
         used = ours(x, h, level)
     for one, other in zip(trained, used, strict=True):
         assert torch.allclose(one, other, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_molecules_of_several_sizes_packed_together_are_as_alone(grad: bool) -> None:
+    _, ours = _pair_of_networks(SMALL)
+    assert isinstance(ours, Egnn)
+    parts = [_molecules(SMALL, size, batch) for batch, size in ((2, 1), (3, 7), (1, 19))]
+    flat = [
+        torch.cat([part.flatten(0, 1) for part in column])
+        for column in list(zip(*parts, strict=True))[:2]
+    ]
+    level = torch.cat([level.repeat_interleave(x.shape[1]) for x, _, level in parts])
+    packing = Packing([(2, 1), (3, 7), (1, 19)], torch.device("cpu"))
+    with torch.inference_mode(not grad):
+        found = ours.packed(*flat, level, packing)
+        alone = [ours(*part) for part in parts]
+    for one, expected in zip(found, zip(*alone, strict=True), strict=True):
+        together = torch.cat([part.flatten(0, 1) for part in expected])
+        assert torch.allclose(one, together, atol=2e-6, rtol=1e-5)
 
 
 def test_gradients_are_those_of_the_literal_network() -> None:
