@@ -18,11 +18,20 @@ from kernels.errors import CollapsedError, InputError, NotFiniteError
 if TYPE_CHECKING:
     from ase.calculators.calculator import Calculator
 
-# QM9's level.
+# QM9's level, and one for the elements that it lacks.
 DFT: Final = "B3LYP/6-31G(2df,p)"
+DFT_DEF2: Final = "B3LYP/def2-SVP"
+# Level -> basis.
+DFT_LEVELS: Final[Mapping[str, str]] = MappingProxyType(
+    {level: level.partition("/")[2] for level in (DFT, DFT_DEF2)}
+)
 
 _LEVELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {"GFN2-xTB": ("tblite", "xtb-python"), DFT: ("pyscf", "psi4"), "MMFF94": ("rdkit",)}
+    {
+        "GFN2-xTB": ("tblite", "xtb-python"),
+        **dict.fromkeys(DFT_LEVELS, ("pyscf", "psi4")),
+        "MMFF94": ("rdkit",),
+    }
 )
 
 # Program -> (distribution on PyPI, what installs it with this package).
@@ -63,8 +72,9 @@ GUESSES: Final = ("atomic", "huckel")
 
 @dataclass(frozen=True, slots=True)
 class DftSettings:
-    """What a calculation at QM9's level is made with; as in `make_calculator`."""
+    """What a calculation by DFT is made with; as in `make_calculator`."""
 
+    basis: str = DFT_LEVELS[DFT]
     charge: int = 0
     multiplicity: int = 1
     density_fitting: bool = True
@@ -153,10 +163,11 @@ def make_calculator(
         from kernels.engines import ForceField
 
         return ForceField(smiles)
-    if level == DFT:
+    if level in DFT_LEVELS:
         return _dft(
             program,
             DftSettings(
+                basis=DFT_LEVELS[level],
                 charge=charge,
                 multiplicity=multiplicity,
                 density_fitting=density_fitting,
@@ -238,7 +249,7 @@ def ladder(level: str, program: str | None = None) -> tuple[Rung, ...]:
     )
     if level == "MMFF94":
         return (shorter_steps,)
-    if level == DFT:
+    if level in DFT_LEVELS:
         return (*_DFT_RUNGS, shorter_steps)
     damping = {"mixer_damping": 0.1} if (program or _LEVELS[level][0]) == "tblite" else {}
     return (

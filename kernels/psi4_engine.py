@@ -1,11 +1,11 @@
-"""B3LYP/6-31G(2df,p) by Psi4, run by Psi4's own interpreter: nothing of it is loaded here.
+"""B3LYP by Psi4, run by Psi4's own interpreter: nothing of it is loaded here.
 
 A worker (`psi4_worker`) is kept for the life of this process and shared by its engines. It forgets
 everything between two geometries; the orbitals an SCF starts from travel with each request, so
 that a worker can die, or be replaced before it has leaked too much memory, and no energy changes.
 
-Psi4 cannot mix six d with seven f functions as QM9 did. Here d functions are five: energies lie
-above QM9's, by about 1.3 mHa for each heavy atom, nearly the same along a relaxation.
+Psi4 cannot mix six d with seven f functions as QM9's basis does. Here d functions are five:
+energies lie above QM9's, by an amount that is nearly the same along a relaxation (docs/dft.md).
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ _ENERGY_CONVERGENCE: Final = 1e-9
 _ORBITAL_CONVERGENCE: Final = 1e-7
 # Above it each new density is damped; down to convergence it would cost iterations for nothing.
 _DAMPED_ABOVE: Final = 1e-3
+# A name that no file of Psi4's own basis sets has: the file is written to the worker's scratch.
+_QM9_BASIS: Final = "basin-qm9"
+# Weigend's universal fitting set, under the name that all versions of Psi4 know.
+_FITTING_BASIS: Final = "def2-qzvpp-jkfit"
 _PREFIX: Final = "basin-psi4-"
 _PROBE: Final = "import sys; sys.path.extend(sys.argv[1:]); import psi4; print(psi4.__version__)"
 _SECONDS_TO_IMPORT: Final = 120.0
@@ -144,7 +148,7 @@ def _environment() -> dict[str, str]:
 
 
 class Psi4(Engine):
-    """B3LYP/6-31G(2df,p) with five d functions, each SCF started from the last orbitals.
+    """B3LYP with five d functions, each SCF started from the last orbitals.
 
     Forces lack the change of the grid's weights with the geometry: against the slope of the
     energy they are off by up to 5e-4 eV/Å with grid "fine", 5e-5 with "very fine".
@@ -166,9 +170,24 @@ class Psi4(Engine):
     def evaluate(
         self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]
     ) -> tuple[float, NDArray[np.float64]]:
+        answer = self._converged(numbers, positions, gradient=True)
+        gradient = np.array(answer["gradient"], dtype=np.float64)
+        return (
+            float(answer["energy"]) * HARTREE_TO_EV,
+            gradient * -HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM,
+        )
+
+    def energy(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> float:
+        """Return the energy in eV at positions (N, 3) in Å, without forces."""
+        return float(self._converged(numbers, positions, gradient=False)["energy"]) * HARTREE_TO_EV
+
+    def _converged(
+        self, numbers: NDArray[np.uint8], positions: NDArray[np.float64], *, gradient: bool
+    ) -> dict[str, Any]:
+        """Return the worker's answer, in hartree and bohr."""
         key = numbers.tobytes()
         if key != self._numbers:
-            basis.check(numbers)
+            basis.check(numbers, self.settings.basis)
             check_spin(numbers, self.settings.charge, self.settings.multiplicity)
             if self._numbers:
                 # Another molecule: its orbitals cannot start this one. (With none before it they
@@ -186,6 +205,7 @@ class Psi4(Engine):
                 "memory": self.settings.memory,
                 "options": self._options(numbers),
                 "orbitals": [part.tolist() for part in self._orbitals],
+                "gradient": gradient,
             },
         )
         if "error" in answer:
@@ -193,11 +213,7 @@ class Psi4(Engine):
             raise _failure(answer, self.settings)
         self.iterations = int(answer["iterations"])
         self._orbitals = [_matrix(part) for part in answer["orbitals"]]
-        gradient = np.array(answer["gradient"], dtype=np.float64)
-        return (
-            float(answer["energy"]) * HARTREE_TO_EV,
-            gradient * -HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM,
-        )
+        return answer
 
     def save_scf(self) -> dict[str, NDArray[np.float64]]:
         """Return the occupied orbitals (functions, electrons) of either spin."""
@@ -219,6 +235,8 @@ class Psi4(Engine):
         unpaired = settings.multiplicity - 1
         fitted = settings.density_fitting and electrons > unpaired
         return {
+            "basis": _QM9_BASIS if settings.basis == basis.QM9 else settings.basis,
+            "df_basis_scf": _FITTING_BASIS,
             "reference": "uks" if unpaired else "rks",
             "scf_type": "df" if fitted else "pk",
             "dft_radial_points": radial,
@@ -285,7 +303,7 @@ class _Worker:
             if not text.startswith("cartesian\n"):
                 raise InputError(f"{basis.FILE}: the first line is not 'cartesian'")
             spherical = text.replace("cartesian", "spherical", 1)
-            (self.scratch / "basin-qm9.gbs").write_text(spherical)
+            (self.scratch / f"{_QM9_BASIS}.gbs").write_text(spherical)
             paths = [installation.path] if installation.path else []
             self.process = subprocess.Popen(
                 [installation.python, "-I", str(_WORKER), str(self.scratch), *paths],

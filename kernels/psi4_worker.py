@@ -17,11 +17,6 @@ import signal
 import sys
 from typing import Any, TextIO
 
-# A name that no file of Psi4's own basis sets has; `psi4_engine` writes it to SCRATCH.
-BASIS = "basin-qm9"
-# Weigend's universal fitting set, under the name that all versions of Psi4 know.
-FITTING_BASIS = "def2-qzvpp-jkfit"
-
 _PR_SET_PDEATHSIG = 1
 _POLL_MS = 1000
 
@@ -99,9 +94,10 @@ def serve(scratch: str) -> None:
 
 
 def compute(psi4: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Return energy (Ha), gradient (Ha/bohr), SCF iterations and occupied orbitals."""
+    """Return energy (Ha), gradient (Ha/bohr) if asked for, SCF iterations, occupied orbitals."""
     import numpy as np
     from psi4.driver.procrouting.proc import (  # type: ignore[import-not-found]
+        run_scf_gradient,
         scf_wavefunction_factory,
     )
 
@@ -110,7 +106,7 @@ def compute(psi4: Any, request: dict[str, Any]) -> dict[str, Any]:
     core.set_memory_bytes(max(request["memory"], 262_144_000))
     core.clean_options()
     start = request["orbitals"]
-    options = {"basis": BASIS, "df_basis_scf": FITTING_BASIS, **request["options"]}
+    options = dict(request["options"])
     if start:
         options["guess"] = "read"
     # Before Psi4 1.4 the SCF has no level shift, though the option of another module is accepted.
@@ -129,7 +125,7 @@ def compute(psi4: Any, request: dict[str, Any]) -> dict[str, Any]:
         name=f"m{request['id']}",
     )
     molecule.update_geometry()
-    bare = core.Wavefunction.build(molecule, BASIS)
+    bare = core.Wavefunction.build(molecule, options["basis"])
     scf = scf_wavefunction_factory("b3lyp", bare, options["reference"].upper())
     if start:
         expected = [[scf.nso(), scf.nalpha()], [scf.nso(), scf.nbeta()]]
@@ -142,10 +138,13 @@ def compute(psi4: Any, request: dict[str, Any]) -> dict[str, Any]:
         scf.guess_Ca(core.Matrix.from_array(alpha))
         scf.guess_Cb(core.Matrix.from_array(beta))
     energy = scf.compute_energy()
-    gradient = core.scfgrad(scf)
+    gradient = None
+    if request["gradient"]:
+        # Not `core.scfgrad`, which leaves out the effective core potentials.
+        gradient = run_scf_gradient("scf", ref_wfn=scf).gradient().to_array().tolist()
     return {
         "energy": energy,
-        "gradient": gradient.to_array().tolist(),
+        "gradient": gradient,
         "iterations": scf.iteration_,
         "orbitals": [
             scf.Ca_subset("SO", "OCC").to_array().tolist(),

@@ -1,4 +1,4 @@
-"""QM9's level of theory, B3LYP/6-31G(2df,p), by PySCF; imported only when a calculator is made.
+"""B3LYP by PySCF in QM9's 6-31G(2df,p) or def2-SVP; imported only when a calculator is made.
 
 PySCF has either spherical or cartesian functions, QM9's basis six d and seven f. The molecule is
 therefore cartesian, and the orbitals are kept to the space in which each f shell has only its
@@ -35,6 +35,8 @@ hf.MUTE_CHKFILE = True
 # With VWN's third functional, as in Gaussian; "b3lyp" depends on the user's configuration.
 _FUNCTIONAL: Final = "b3lypg"
 _AUXILIARY: Final = "def2-universal-jkfit"
+# Krypton: the elements beyond have effective core potentials in def2-SVP.
+_LAST_WITHOUT: Final = 36
 # Change of the energy in hartree; norm of the orbital gradient, which the error of forces follows.
 _TOLERANCES: Final = (1e-9, 1e-5)
 # Of the memory: PySCF keeps the integrals there when they leave room for the rest.
@@ -78,7 +80,7 @@ def _combinations(mol: Any) -> list[NDArray[np.float64]]:
 
 
 class PySCF(Engine):
-    """B3LYP/6-31G(2df,p) by PySCF, each SCF started from the orbitals of the last geometry."""
+    """B3LYP by PySCF, each SCF started from the orbitals of the last geometry."""
 
     def __init__(self, settings: DftSettings) -> None:
         super().__init__()
@@ -120,7 +122,7 @@ class PySCF(Engine):
         settings = self.settings
         key = numbers.tobytes()
         if key != self._numbers:
-            basis.check(numbers)
+            basis.check(numbers, settings.basis)
             check_spin(numbers, settings.charge, settings.multiplicity)
             if self._numbers:
                 self._orbitals = ()
@@ -142,17 +144,21 @@ class PySCF(Engine):
 
     def _field(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> Any:
         settings = self.settings
+        qm9 = settings.basis == basis.QM9
         mol = gto.M(
             atom=list(zip(numbers.tolist(), positions.tolist(), strict=True)),
             unit="Angstrom",
-            basis=basis.for_pyscf(),
+            basis=basis.for_pyscf() if qm9 else settings.basis,
+            # Named for the elements that have one: PySCF would print a line for each other.
+            ecp={} if qm9 else {int(z): settings.basis for z in set(numbers) if z > _LAST_WITHOUT},
             charge=settings.charge,
             spin=settings.multiplicity - 1,
-            cart=True,
+            cart=qm9,
             verbose=0,
             max_memory=settings.memory / 1e6,
         )
-        field: Any = (_Restricted if settings.multiplicity == 1 else _Unrestricted)(mol)
+        restricted, unrestricted = (_Restricted, _Unrestricted) if qm9 else (dft.RKS, dft.UKS)
+        field: Any = (restricted if settings.multiplicity == 1 else unrestricted)(mol)
         field.xc = _FUNCTIONAL
         if settings.density_fitting:
             field = field.density_fit(auxbasis=_AUXILIARY)

@@ -205,10 +205,10 @@ def calculator_maker(
 
     ``memory_limit`` (bytes): the stage's, of which a DFT program is given a share.
     """
-    from kernels.calculators import DFT, make_calculator
+    from kernels.calculators import DFT_LEVELS, make_calculator
 
     electronic = {k: wanted[k] for k in ELECTRONIC if k in wanted}
-    if wanted["level"] == DFT and memory_limit:
+    if wanted["level"] in DFT_LEVELS and memory_limit:
         electronic["memory"] = int(_DFT_MEMORY_SHARE * memory_limit)
 
     def make(**changes: Any) -> Calculator:

@@ -203,7 +203,7 @@ class EnergyStage(StageBase):
     @model_validator(mode="before")
     @classmethod
     def _dft_takes_longer(cls, written: Any) -> Any:
-        if isinstance(written, dict) and written.get("level") == calculators.DFT:
+        if isinstance(written, dict) and written.get("level") in calculators.DFT_LEVELS:
             return {**_DFT_LIMITS, **written}
         return written
 
@@ -228,17 +228,18 @@ class EnergyStage(StageBase):
     @field_validator("electronic_temperature")
     @classmethod
     def _has_a_temperature(cls, value: float, info: ValidationInfo) -> float:
-        if info.data.get("level") == calculators.DFT and value != 300.0:
-            raise ValueError(f"has no meaning at {calculators.DFT}; leave it out")
+        level = info.data.get("level")
+        if level in calculators.DFT_LEVELS and value != 300.0:
+            raise ValueError(f"has no meaning at {level}; leave it out")
         return value
 
     @field_validator("density_fitting", "grid")
     @classmethod
     def _is_dft(cls, value: Any, info: ValidationInfo) -> Any:
         level = info.data.get("level", calculators.DFT)
-        if level != calculators.DFT and value not in (True, "fine"):
+        if level not in calculators.DFT_LEVELS and value not in (True, "fine"):
             raise ValueError(
-                f'belongs to level = "{calculators.DFT}", not to {level}; leave it out'
+                f"belongs to {' and '.join(calculators.DFT_LEVELS)}, not to {level}; leave it out"
             )
         return value
 
@@ -251,7 +252,7 @@ class EnergyStage(StageBase):
             "level": self.level,
             "program": self.program,
         }
-        if self.level == calculators.DFT:
+        if self.level in calculators.DFT_LEVELS:
             settings["density_fitting"] = self.density_fitting
             settings["grid"] = self.grid
         elif self.level not in _LEVELS_WITHOUT_SCF:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.calculators import DFT
+from kernels.calculators import DFT_LEVELS
 from orchestrator import ingest
 from orchestrator.columns import key_words
 from orchestrator.key_index import ABSENT, KeyIndex
@@ -43,14 +43,14 @@ _COST = {
 }
 
 
-# The same at B3LYP/6-31G(2df,p), of which one gradient takes 6.2 s (n/108)^2.3 for n functions.
+# The same by DFT: at B3LYP/6-31G(2df,p) one gradient takes 6.2 s (n/108)^2.3 for n functions.
 _DFT_POWER = 2.3
 _DFT_GRADIENT_S = 65.0
 _DFT_GRADIENTS = {"relax": 25}
 
 
 def _cost(kernel: str, level: str) -> tuple[float, float]:
-    if level == DFT:
+    if level in DFT_LEVELS:
         return _DFT_POWER, _DFT_GRADIENT_S * _DFT_GRADIENTS.get(kernel, 1)
     return _COST.get(kernel, (2.0, 1.0))
 

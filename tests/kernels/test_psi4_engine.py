@@ -21,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kernels import psi4_engine
-from kernels.calculators import DftSettings, program_version
+from kernels.calculators import DftSettings, make_calculator, program_version
 from kernels.errors import InputError, KernelError, ProgramError, ResourceError, ScfError
 from kernels.psi4_engine import Psi4
 from kernels.units import HARTREE_TO_EV
@@ -47,6 +47,7 @@ METHANOL = molecule(
     ],
 )
 OH = molecule([8, 1], [[0.0, 0.1, 0.0], [0.0, 0.3, 0.95]])
+HYDROGEN_IODIDE = molecule([53, 1], [[0.0, 0.0, 0.1], [0.3, 0.2, 1.65]])
 COARSE = DftSettings(grid="coarse")
 
 # In hartree and in eV: repeated on one machine, whatever happened in between.
@@ -84,24 +85,40 @@ def running() -> psi4_engine._Worker:
 
 
 @pytest.mark.parametrize(
-    ("grid", "tolerance"),
-    [("fine", 5e-4), pytest.param("very fine", 1e-4, marks=pytest.mark.slow)],
+    ("what", "settings", "tolerance"),
+    [
+        (WATER, DftSettings(), 5e-4),
+        pytest.param(WATER, DftSettings(grid="very fine"), 1e-4, marks=pytest.mark.slow),
+        (HYDROGEN_IODIDE, DftSettings(basis="def2-SVP"), 2e-3),
+    ],
 )
-def test_forces_are_the_slope_of_the_energy(grid: str, tolerance: float) -> None:
+def test_forces_are_the_slope_of_the_energy(
+    what: Molecule, settings: DftSettings, tolerance: float
+) -> None:
     # Only to the error of the grid: its weights move with the atoms, and Psi4's forces leave that
-    # out. Oxygen's are the worst.
-    numbers, positions = WATER
-    engine = Psi4(DftSettings(grid=grid))
-    _, forces = engine.evaluate(numbers, positions)
-    step = 0.001
-    for atom, axis in ((0, 0), (1, 1)):
-        energies = []
-        for sign in (1, -1):
-            moved = positions.copy()
-            moved[atom, axis] += sign * step
-            energies.append(engine.evaluate(numbers, moved)[0])
-        slope = (energies[0] - energies[1]) / (2 * step)
-        assert forces[atom, axis] == pytest.approx(-slope, abs=tolerance)
+    # out. Of light atoms oxygen's are the worst.
+    numbers, positions = what
+    engine = Psi4(settings)
+    energy, forces = engine.evaluate(numbers, positions)
+    assert engine.energy(numbers, positions) == pytest.approx(energy, abs=SAME)
+    step = 0.001 * np.eye(positions.size)[2].reshape(positions.shape)
+    slope = (
+        engine.energy(numbers, positions + step) - engine.energy(numbers, positions - step)
+    ) / 0.002
+    assert forces[0, 2] == pytest.approx(-slope, abs=tolerance)
+
+
+def test_at_def2_svp_both_programs_have_the_same_energies(
+    require_engine: Callable[[str], None],
+) -> None:
+    require_engine("pyscf")
+    energies = [
+        make_calculator("B3LYP/def2-SVP", program=program, density_fitting=False).energy(  # type: ignore[attr-defined]
+            *HYDROGEN_IODIDE
+        )
+        for program in ("psi4", "pyscf")
+    ]
+    assert energies[0] == pytest.approx(energies[1], abs=1e-5 * HARTREE_TO_EV)
 
 
 def test_density_fitting_changes_little() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kernels.calculators import DFT, Rung, ladder, make_calculator
+from kernels.calculators import DFT, DFT_DEF2, Rung, ladder, make_calculator
 from kernels.errors import InputError, ResourceError, ScfError
 from kernels.relaxation import RelaxSettings, RelaxState, relax, relax_with_ladder
 
@@ -19,8 +19,14 @@ BENT = np.array([[0.0, 0.1, 0.12], [0.05, 0.76, -0.47], [0.1, -0.8, -0.4]])
 HYDROXYL = np.array([8, 1], dtype=np.uint8)
 
 
-def engine(**settings: Any) -> Any:
-    return make_calculator(DFT, program="pyscf", **settings)
+HYDROGEN_IODIDE = np.array([53, 1], dtype=np.uint8)
+LONG_BOND = np.array([[0.0, 0.0, 0.1], [0.3, 0.2, 1.65]])
+HYDROGEN_SULFIDE = np.array([16, 1, 1], dtype=np.uint8)
+WIDE = np.array([[0.0, 0.0, 0.1], [0.0, 0.97, 1.0], [0.05, -0.97, 1.0]])
+
+
+def engine(level: str = DFT, **settings: Any) -> Any:
+    return make_calculator(level, program="pyscf", **settings)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +35,8 @@ def engine(**settings: Any) -> Any:
         (WATER, BENT, {}),
         (WATER, BENT, {"grid": "coarse", "density_fitting": False}),
         (HYDROXYL, BENT[:2], {"multiplicity": 2}),
+        (HYDROGEN_SULFIDE, WIDE, {"level": DFT_DEF2}),
+        (HYDROGEN_IODIDE, LONG_BOND, {"level": DFT_DEF2, "density_fitting": False}),
     ],
 )
 def test_forces_are_the_slope_of_the_energy(
@@ -141,8 +149,10 @@ def test_impossible_settings_are_named(settings: dict[str, Any], words: str) -> 
 
 
 def test_impossible_molecules_are_inputs_not_crashes() -> None:
-    with pytest.raises(InputError, match="atomic number 17"):
+    with pytest.raises(InputError, match=r"atomic number 17; use level B3LYP/def2-SVP"):
         engine().evaluate(np.array([17, 1], dtype=np.uint8), BENT[:2])
+    with pytest.raises(InputError, match="atomic number 92"):
+        engine(DFT_DEF2).evaluate(np.array([92, 1], dtype=np.uint8), BENT[:2])
     with pytest.raises(InputError, match="multiplicity"):
         engine(multiplicity=2).evaluate(WATER, BENT)
 

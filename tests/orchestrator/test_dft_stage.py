@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kernels import calculators
-from kernels.calculators import DFT
+from kernels.calculators import DFT, DFT_DEF2
 from kernels.errors import KernelError, ProgramError
 from orchestrator import guard
 from orchestrator.campaign import load_campaign
@@ -32,8 +32,9 @@ def relax(folder: Path, fields: str, level: str = DFT) -> RelaxStage:
     return stage
 
 
-def test_dft_has_its_own_settings_and_limits(tmp_path: Path) -> None:
-    stage = relax(tmp_path, "")
+@pytest.mark.parametrize("level", [DFT, DFT_DEF2])
+def test_dft_has_its_own_settings_and_limits(tmp_path: Path, level: str) -> None:
+    stage = relax(tmp_path, "", level)
     settings = stage.settings()
     assert (settings["program"], settings["density_fitting"], settings["grid"]) == (
         "pyscf",
@@ -42,9 +43,9 @@ def test_dft_has_its_own_settings_and_limits(tmp_path: Path) -> None:
     )
     assert "electronic_temperature" not in settings
     assert (stage.time_limit, stage.memory_limit) == (6 * 3600.0, 4_000_000_000)
-    assert relax(tmp_path, 'time_limit = "1 h"\n').time_limit == 3600.0
-    assert relax(tmp_path, "density_fitting = false\n").settings() != settings
-    assert relax(tmp_path, 'memory_limit = "8 GB"\n').settings() == settings
+    assert relax(tmp_path, 'time_limit = "1 h"\n', level).time_limit == 3600.0
+    assert relax(tmp_path, "density_fitting = false\n", level).settings() != settings
+    assert relax(tmp_path, 'memory_limit = "8 GB"\n', level).settings() == settings
     assert "grid" not in relax(tmp_path, "", "GFN2-xTB").settings()
     assert relax(tmp_path, "", "GFN2-xTB").time_limit == 600.0
 
@@ -55,6 +56,7 @@ def test_dft_has_its_own_settings_and_limits(tmp_path: Path) -> None:
         ("GFN2-xTB", "density_fitting = false"),
         ("GFN2-xTB", 'grid = "coarse"'),
         (DFT, 'electronic_temperature = "1000 K"'),
+        (DFT_DEF2, 'electronic_temperature = "1000 K"'),
     ],
 )
 def test_settings_of_other_levels_are_refused(tmp_path: Path, level: str, field: str) -> None:
@@ -126,7 +128,7 @@ def test_a_campaign_relaxes_with_both_programs(
         ("dft", "input"),
         ("other", "input"),
     }
-    assert all(b"atomic number 17; use another level" in row["message"] for row in failed)
+    assert all(b"atomic number 17; use level B3LYP/def2-SVP" in row["message"] for row in failed)
 
 
 def test_every_failure_of_a_kernel_has_a_class_that_tables_know() -> None:
