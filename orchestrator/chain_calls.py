@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -446,11 +447,23 @@ class _Saved:
         )
 
 
+def company(path: Path) -> str:
+    """Return what names the chains that a saved one ran together with; "" where there are none."""
+    try:
+        with np.load(path) as saved:
+            return str(saved["company"]) if "company" in saved else ""
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return ""
+
+
 def _companies(chains: Sequence[_Saved]) -> list[tuple[int, list[int]]]:
-    """Share chains out to batches that can go on together: step, and places."""
+    """Share chains out to batches that can go on together: step, and places.
+
+    They are always in the same order, on which the rounding of a network's sums may depend.
+    """
     by_company: dict[str, list[int]] = {}
-    for place, chain in enumerate(chains):
-        by_company.setdefault(chain.company, []).append(place)
+    for place in sorted(range(len(chains)), key=lambda place: chains[place].path.name):
+        by_company.setdefault(chains[place].company, []).append(place)
     made: list[tuple[int, list[int]]] = []
     for places in by_company.values():
         known = [{m.step for m in chains[place].moments} or {0} for place in places]

@@ -378,8 +378,11 @@ class _Batch:
         return path
 
 
-def run_bundle(bundle: Bundle) -> Receipt:
-    """Run a bundle and return its receipt (called by Parsl in a worker process)."""
+def run_bundle(bundle: Bundle, **resources: object) -> Receipt:
+    """Run a bundle and return its receipt (called by Parsl in a worker process).
+
+    ``resources``: what it asked of its executor, which Parsl hands on to what it calls; unused.
+    """
     node = block.node_name()
     local = os.environ.get("PARSL_WORKER_BLOCK_ID", "0")
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or f"local-{local}"

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -54,8 +55,9 @@ _LOOK_EVERY: Final = 100
 # bond that vibrates, or is being exchanged for another.
 _PIECES_FACTOR: Final = 2.0
 
-# How long a segment lasts, and what its frames may take, when its steps are not given.
-_SEGMENT_S: Final = 10.0
+# How long a segment lasts, and what its frames may take, when its steps are not given. The end of
+# a batch job is heard between two of them, some seconds ahead.
+_SEGMENT_S: Final = 2.0
 _SEGMENT_BYTES: Final = 8 << 20
 
 
@@ -191,7 +193,7 @@ def diffusion_chains(
     not know, an impossible n or geometry, NotFiniteError for a NaN in it, ResourceError when memory
     does not suffice. `save_every`: of the steps, one in so many is kept.
 
-    ``on_segment`` sees the state after every `segment` steps (default: about ten seconds' worth; of
+    ``on_segment`` sees the state after every `segment` steps (default: about two seconds' worth; of
     a basin model's chains the next multiple of ten), the last included; false ends the work there,
     and what there is is returned. ``state`` goes on from a saved one, in place. For the limits see
     `kernels.diffusion.batching`.
@@ -377,7 +379,8 @@ def _advance_guided(
     kept, looked_at = piece.kept(), piece.looked_at()
     if all(ended):
         return [_Made(x, x[None], x[None]) for x in now]
-    guides = [Guide(start.smiles, start.positions) for start in batch]
+    # Copies: each piece begins as it would after a cut, with the curvature at the start.
+    guides = [copy(_guide(start)) for start in batch]
     scale, schedule = model.config.feature_scaling[0], model.schedule
     found: list[dict[int, Floats]] = [{} for _ in batch]
     noise: list[Floats] = []
@@ -402,6 +405,11 @@ def _advance_guided(
         _Made(x, _rows(frames, kept, x), _rows(frames, looked_at, x))
         for x, frames in zip(now, found, strict=True)
     ]
+
+
+@lru_cache(maxsize=256)
+def _guide(start: ChainStart) -> Guide:
+    return Guide(start.smiles, start.positions)
 
 
 def _rows(frames: Mapping[int, Floats], steps: Sequence[int], like: Floats) -> Floats:
