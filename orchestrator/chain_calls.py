@@ -247,7 +247,11 @@ def _chain(
 
 
 def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
-    from kernels.sampling.replica_exchange import SingleProcess, run_exchange
+    from kernels.sampling.replica_exchange import (
+        SingleProcess,
+        parallel_efficiency,
+        run_exchange,
+    )
 
     wanted = stage.settings
     path = Path(payload.checkpoint)
@@ -262,9 +266,10 @@ def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -
     if result is None:
         return dict(_OPEN)
     clock = _Clock(None)
-    # Of each chain, what its energies took; before it was taken up again is not counted.
-    clock.cpu_s = float(result["compute_s"].sum()) / len(wanted["temperatures"])
-    clock.wall_s = float(result["total_s"].max())
+    temperatures = wanted["temperatures"]
+    # Of each chain, what its energies took, in all the parts that the ladder was computed in.
+    compute_s, _, clock.wall_s = result["spent_s"].tolist()
+    clock.cpu_s = compute_s / len(temperatures)
     rows = [
         _row(
             payload,
@@ -283,12 +288,31 @@ def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -
             energy_eV=result["energies"][rung],
             positions=result["frames"][rung].reshape(-1, 3),
         )
-        for rung, temperature in enumerate(wanted["temperatures"])
+        for rung, temperature in enumerate(temperatures)
     ]
-    nbytes = sum(700 + row["energy_eV"].nbytes + row["positions"].nbytes for row in rows)
+    swaps = [
+        {
+            "temperature_K": temperature,
+            "next_temperature_K": higher,
+            "swaps_tried": int(tried),
+            "swaps_accepted": int(accepted),
+            "round_trips": int(trips),
+            "n_processes": len(result["total_s"]),
+            "efficiency": parallel_efficiency(result),
+        }
+        for temperature, higher, tried, accepted, trips in zip(
+            temperatures,
+            [*temperatures[1:], np.nan],
+            [*result["swaps_tried"], 0],
+            [*result["swaps_accepted"], 0],
+            result["round_trips"],
+            strict=True,
+        )
+    ]
+    nbytes = sum(900 + row["energy_eV"].nbytes + row["positions"].nbytes for row in rows)
     # The processes of an MPI program are none of this one's own.
     elsewhere = float(result["compute_s"].sum()) if stage.mpi_prefix else 0.0
-    outcome = done({"chains": rows}, nbytes)
+    outcome = done({"chains": rows, "exchanges": swaps}, nbytes)
     return {**outcome, "checkpointed": path.exists(), "cpu_elsewhere_s": elsewhere}
 
 

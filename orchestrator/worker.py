@@ -346,6 +346,8 @@ class _Batch:
                     row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
                 elif table == "single_points":
                     row.update(cpu_s=outcome["cpu_s"])
+                elif table == "exchanges":
+                    row.update(task_key=item.key)
                 elif table == "chains":
                     row.update(task_key=item.key)
                     # What it took before it was taken up again stands there already.

@@ -81,4 +81,11 @@ def test_a_ladder_over_two_nodes_is_that_of_one_process(
     tasks = [t for t in by_key(store_of(over_nodes), "tasks").values() if t["stage"] == "exchange"]
     assert {t["attempts"][0] for t in tasks} == {1}
     assert len({t["block"] for t in tasks}) == 1
+    # As many chains swapped alike, over four processes and in one.
+    times += ["n_processes", "efficiency"]
+    assert by_key(store_of(over_nodes), "exchanges", times) == by_key(
+        store_of(alone), "exchanges", times
+    )
+    processes = [set(store_of(c).read("exchanges")["n_processes"]) for c in (over_nodes, alone)]
+    assert processes == [{4}, {1}]
     assert not [f for f in (store_of(over_nodes).path / "checkpoints").rglob("*") if f.is_file()]
