@@ -271,7 +271,8 @@ def _pace_table(found: Boltzmann) -> RenderableType:
     return table
 
 
-def _torsion_table(found: Boltzmann) -> RenderableType | None:
+def _torsion_table(found: Boltzmann) -> tuple[str, RenderableType] | None:
+    """Return which dihedrals are shown, and how far they turn; None where there are none."""
     names = [name for name in (found.thermal, found.diffusion) if name]
     pairs = matched_pairs(found, found.thermal, found.diffusion)
     if not pairs or not any(s.torsions for s in found.subjects):
@@ -280,21 +281,28 @@ def _torsion_table(found: Boltzmann) -> RenderableType | None:
     for temperature, n in pairs:
         columns += [f"{temperature:g} K"] if np.isfinite(temperature) else []
         columns += [f"n = {n:g}"] if np.isfinite(n) else []
-    table = _table("molecule", "dihedral", *columns, words=2)
-    lines = 0
+    rows: list[tuple[str, str, list[float]]] = []
     for subject in found.subjects:
         for at, torsion in enumerate(subject.torsions):
-            if lines == _TORSIONS:
-                return table
-            cells = []
-            for pair in pairs:
-                for name in names:
-                    value = pair[0] if name.thermal else pair[1]
-                    if np.isfinite(value):
-                        cells.append(number(torsion_deviation(subject, name, value, at), 0))
-            table.add_row(_short(subject.name), torsion.name, *cells)
-            lines += 1
-    return table
+            turned = [
+                torsion_deviation(subject, name, value, at)
+                for pair in pairs
+                for name in names
+                if np.isfinite(value := pair[0] if name.thermal else pair[1])
+            ]
+            rows.append((_short(subject.name), torsion.name, turned))
+    said = "dihedrals: circular standard deviation in degrees"
+    if len(rows) > _TORSIONS:
+        said += f"; of {len(rows)} the {_TORSIONS} that turn most"
+        widest = sorted(
+            rows, key=lambda row: -max((v for v in row[2] if np.isfinite(v)), default=0)
+        )
+        shown = {row[:2] for row in widest[:_TORSIONS]}
+        rows = [row for row in rows if row[:2] in shown]
+    table = _table("molecule", "dihedral", *columns, words=2)
+    for molecule, torsion_name, turned in rows:
+        table.add_row(molecule, torsion_name, *(number(value, 0) for value in turned))
+    return said, table
 
 
 def torsion_deviation(subject: Subject, name: LadderName, value: float, at: int) -> float:
@@ -366,7 +374,7 @@ def tables(found: Boltzmann) -> list[RenderableType]:
             ]
     torsions = _torsion_table(found)
     if torsions is not None:
-        parts += ["", "dihedrals: circular standard deviation in degrees", torsions]
+        parts += ["", *torsions]
     if found.paces:
         parts += [
             "",

@@ -319,6 +319,11 @@ def _read_shapes(snapshot: Snapshot, tables: _Tables) -> None:
 def _chains(tables: _Tables) -> Iterable[tuple[bytes, int, LadderName, Chain]]:
     """Yield molecule, conformer, ladder and chain of every chain and level of theory."""
     rows = tables.chains
+    computed: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for row in tables.kept:
+        for point in tables.points_of.get(key_bytes(rows["key"][row]), []):
+            place = tables.points["level"][point], tables.points["program"][point]
+            computed.setdefault((_stage(rows, row), rows["model"][row]), set()).add(place)
     for row in tables.kept:
         key = key_bytes(rows["key"][row])
         kind = rows["kind"][row]
@@ -335,9 +340,11 @@ def _chains(tables: _Tables) -> Iterable[tuple[bytes, int, LadderName, Chain]]:
                     every,
                 )
             )
-        # Without energies a chain still has its frames.
-        for level, program, energies, stride in series or [("", "", np.zeros(0), every)]:
-            name = LadderName(kind, level, program, rows["model"][row], _stage(rows, row))
+        stage, model = _stage(rows, row), rows["model"][row]
+        # Without energies a chain still has its frames. It waits in the ladders of those that have.
+        waits = [(*at, np.zeros(0), every) for at in sorted(computed.get((stage, model), ()))]
+        for level, program, energies, stride in series or waits or [("", "", np.zeros(0), every)]:
+            name = LadderName(kind, level, program, model, stage)
             yield (
                 key_bytes(rows["mol_key"][row]), int(rows["conformer"][row]), name,
                 _chain(tables, row, key, energies, stride),

@@ -272,6 +272,7 @@ def violin_figure(found: Boltzmann) -> Picture | None:
         axes.set_title(f"{_short(subject.name)}{left_out}", fontsize=8.5, color=INK)
         if place % _ACROSS == 0:
             axes.set_ylabel("energy (kcal/mol)")
+        axes.set_xlabel(_pair_words(pairs[0]), fontsize=8)
     if both:
         from matplotlib.patches import Patch
 
@@ -297,8 +298,13 @@ def violin_figure(found: Boltzmann) -> Picture | None:
 
 
 def _pair_label(pair: tuple[float, float]) -> str:
-    words = [f"{pair[0]:g} K"] if np.isfinite(pair[0]) else []
-    return "\n".join([*words, *([f"n = {pair[1]:g}"] if np.isfinite(pair[1]) else [])])
+    return "\n".join(f"{value:g}" for value in pair if np.isfinite(value))
+
+
+def _pair_words(pair: tuple[float, float]) -> str:
+    """Return what the lines of a pair's label are."""
+    words = [word for word, value in zip(("T (K)", "n"), pair, strict=True) if np.isfinite(value)]
+    return ", ".join(words)
 
 
 def ladder_figure(found: Boltzmann) -> Picture | None:

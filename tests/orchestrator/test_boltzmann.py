@@ -297,13 +297,26 @@ def test_a_store_with_one_kind_of_chains(tmp_path: Path) -> None:
     cold.chain(parent, kind=DIFFUSION, n=30, points=False)
     found = analyse(cold.store(tmp_path / "cold"))
     assert (found.maps, found.thermal) == ((), None)
-    assert {name.level for name in found.ladders} == {"GFN2-xTB", ""}
+    assert {name.level for name in found.ladders} == {"GFN2-xTB"}
     assert tables(found)
     json.dumps(values(found), allow_nan=False)
     empty = new_store(tmp_path / "empty")
     little_records().seal(empty)
     with pytest.raises(StoreError, match="no chain has finished yet"):
         analyse(empty)
+
+
+def test_chains_whose_energies_are_not_there_yet_wait_in_the_same_ladder(tmp_path: Path) -> None:
+    made = Chains(steps=400, burn_in=40)
+    for name in ("one", "two"):
+        parent = made.molecule(name)
+        for n in (4, 14):
+            made.chain(parent, kind="diffusion", n=n, save_every=4, points=(name, n) != ("two", 14))
+    found = analyse(made.store(tmp_path / "store"))
+    (ladder,) = found.ladders
+    assert ladder.level
+    assert [(row.chains, row.molecules) for row in levels(found, ladder)] == [(2, 2), (2, 1)]
+    assert tables(found)
 
 
 def test_diverged_chains_are_counted_and_in_no_number(tmp_path: Path) -> None:
