@@ -23,6 +23,8 @@ from orchestrator.ladders import (
     DIFFUSION,
     METROPOLIS,
     THERMAL,
+    Chain,
+    Exchange,
     Ladder,
     LadderName,
     Rung,
@@ -457,6 +459,82 @@ def _level(value: float, rows: Sequence[tuple[Subject, Rung]], thermal: bool) ->
         unsettled=int((column(lambda s, r: r.r_hat) > UNSETTLED).sum()),
         acceptance=_mean(column(lambda s, r: r.average("acceptance"))),
         swap_acceptance=_mean(column(lambda s, r: r.average("swap_acceptance"))),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Swaps:
+    """Two neighbouring temperatures of a replica exchange, in K, over its molecules.
+
+    ``accepted`` is the share of all ``tried`` swaps after the burn-in, ``least`` that of the
+    molecule where it is smallest.
+    """
+
+    temperature: float
+    next_temperature: float
+    ladders: int
+    tried: int
+    accepted: float
+    least: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trips:
+    """How the walkers of a replica exchange got about, and what its processes did meanwhile.
+
+    ``round_trips``: ways from the lowest temperature to the highest and back, of all ``walkers``
+    of all ``ladders`` in ``steps`` steps, and ``none`` of the ladders where there was none.
+    ``processes``: fewest and most of a ladder; ``efficiency``: mean share of their time that was
+    spent in energies.
+    """
+
+    ladders: int
+    walkers: int
+    steps: int
+    round_trips: int
+    none: int
+    processes: tuple[int, int]
+    efficiency: float
+
+
+def exchange_of(found: Boltzmann, name: LadderName) -> tuple[list[Swaps], Trips] | None:
+    """Return how the temperatures of a replica exchange swapped; None where nothing tells."""
+    # Of each ladder of each molecule, and each repetition of it, the chains in order.
+    runs: list[list[tuple[Chain, Exchange]]] = []
+    for _, ladder in found.of(name):
+        by_repeat: dict[int, list[tuple[Chain, Exchange]]] = {}
+        for rung in ladder.rungs:
+            for chain in rung.chains:
+                if chain.exchange:
+                    by_repeat.setdefault(chain.repeat, []).append((chain, chain.exchange))
+        runs += by_repeat.values()
+    if not runs:
+        return None
+    pairs: dict[tuple[float, float], list[Exchange]] = {}
+    for run in runs:
+        for chain, one in run:
+            if one.tried:
+                pairs.setdefault((chain.temperature, one.next_temperature), []).append(one)
+    swaps = [
+        Swaps(
+            *pair,
+            ladders=len(some),
+            tried=sum(one.tried for one in some),
+            accepted=sum(one.accepted for one in some) / sum(one.tried for one in some),
+            least=min(one.accepted / one.tried for one in some),
+        )
+        for pair, some in sorted(pairs.items())
+    ]
+    trips = [sum(one.round_trips for _, one in run) for run in runs]
+    numbers = [run[0][1].processes for run in runs]
+    return swaps, Trips(
+        ladders=len(runs),
+        walkers=sum(map(len, runs)),
+        steps=max(run[0][0].n_steps for run in runs),
+        round_trips=sum(trips),
+        none=trips.count(0),
+        processes=(min(numbers), max(numbers)),
+        efficiency=float(np.mean([run[0][1].efficiency for run in runs])),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,14 +15,18 @@ from orchestrator.boltzmann import (
     Level,
     Map,
     Match,
+    Swaps,
+    Trips,
     capacity,
     deviations,
+    exchange_of,
     levels,
     matched,
     torsion_overlap,
 )
 from orchestrator.bootstrap import Estimate
 from orchestrator.chain_statistics import UNSETTLED
+from orchestrator.csv_file import write_csv
 from orchestrator.ladders import (
     GAUSSIAN,
     Chain,
@@ -36,7 +38,6 @@ from orchestrator.ladders import (
     single_rung,
 )
 from orchestrator.published import MATCHED, MU
-from orchestrator.shard import write_whole
 from orchestrator.torsions import circular_deviation
 
 if TYPE_CHECKING:
@@ -120,6 +121,30 @@ def _thermal_table(rows: list[Level]) -> RenderableType:
         cells += [_percent(row.swap_acceptance)] if swaps else []
         table.add_row(*cells, number(row.r_hat, 3))
     return table
+
+
+def _swaps_table(rows: list[Swaps]) -> RenderableType:
+    table = _table("T (K)", "next", "ladders", "tried", "accepted", "least", words=0)
+    for row in rows:
+        table.add_row(
+            f"{row.temperature:g}", f"{row.next_temperature:g}", f"{row.ladders}",
+            f"{row.tried:,}", _percent(row.accepted), _percent(row.least),
+        )  # fmt: skip
+    return table
+
+
+def trips_line(trips: Trips) -> str:
+    """Return in one line how walkers got about, and how much of the processes' time counted."""
+    fewest, most = trips.processes
+    processes = f"{most}" if fewest == most else f"{fewest} to {most}"
+    share = f"{100 * trips.efficiency:.1f} %"
+    where = f"{_count(trips.walkers, 'walker')} in {_count(trips.ladders, 'ladder')}"
+    without = f" (none in {trips.none})" if trips.none else ""
+    return (
+        f"{_count(trips.round_trips, 'round trip')} from the lowest temperature to the highest and "
+        f"back, of {where}{without}, {trips.steps:,} steps each; {processes} "
+        f"process{'' if most == 1 else 'es'} a ladder, {share} of their time in energies"
+    )
 
 
 def _diffusion_table(rows: list[Level], found: Map | None) -> RenderableType:
@@ -246,7 +271,8 @@ def _pace_table(found: Boltzmann) -> RenderableType:
     return table
 
 
-def _torsion_table(found: Boltzmann) -> RenderableType | None:
+def _torsion_table(found: Boltzmann) -> tuple[str, RenderableType] | None:
+    """Return which dihedrals are shown, and how far they turn; None where there are none."""
     names = [name for name in (found.thermal, found.diffusion) if name]
     pairs = matched_pairs(found, found.thermal, found.diffusion)
     if not pairs or not any(s.torsions for s in found.subjects):
@@ -255,21 +281,28 @@ def _torsion_table(found: Boltzmann) -> RenderableType | None:
     for temperature, n in pairs:
         columns += [f"{temperature:g} K"] if np.isfinite(temperature) else []
         columns += [f"n = {n:g}"] if np.isfinite(n) else []
-    table = _table("molecule", "dihedral", *columns, words=2)
-    lines = 0
+    rows: list[tuple[str, str, list[float]]] = []
     for subject in found.subjects:
         for at, torsion in enumerate(subject.torsions):
-            if lines == _TORSIONS:
-                return table
-            cells = []
-            for pair in pairs:
-                for name in names:
-                    value = pair[0] if name.thermal else pair[1]
-                    if np.isfinite(value):
-                        cells.append(number(torsion_deviation(subject, name, value, at), 0))
-            table.add_row(_short(subject.name), torsion.name, *cells)
-            lines += 1
-    return table
+            turned = [
+                torsion_deviation(subject, name, value, at)
+                for pair in pairs
+                for name in names
+                if np.isfinite(value := pair[0] if name.thermal else pair[1])
+            ]
+            rows.append((_short(subject.name), torsion.name, turned))
+    said = "dihedrals: circular standard deviation in degrees"
+    if len(rows) > _TORSIONS:
+        said += f"; of {len(rows)} the {_TORSIONS} that turn most"
+        widest = sorted(
+            rows, key=lambda row: -max((v for v in row[2] if np.isfinite(v)), default=0)
+        )
+        shown = {row[:2] for row in widest[:_TORSIONS]}
+        rows = [row for row in rows if row[:2] in shown]
+    table = _table("molecule", "dihedral", *columns, words=2)
+    for molecule, torsion_name, turned in rows:
+        table.add_row(molecule, torsion_name, *(number(value, 0) for value in turned))
+    return said, table
 
 
 def torsion_deviation(subject: Subject, name: LadderName, value: float, at: int) -> float:
@@ -298,7 +331,7 @@ def rise(chain: Chain) -> float:
 
 def tables(found: Boltzmann) -> list[RenderableType]:
     """Return the analysis as headings and tables, to be printed one after the other."""
-    parts: list[RenderableType] = [f"{found.store.name}: chains of {_count(found.subjects)}"]
+    parts: list[RenderableType] = [f"{found.store.name}: chains of {_count(len(found.subjects))}"]
     for name in found.ladders:
         rows = levels(found, name)
         if name.thermal:
@@ -308,6 +341,9 @@ def tables(found: Boltzmann) -> list[RenderableType]:
                 "energies above the minimum in kcal/mol; harmonic: (3N-6)/2 kB T; times in steps",
                 _thermal_table(rows),
             ]
+            if swapped := exchange_of(found, name):
+                parts += ["", "swaps of neighbours after the burn-in; least: of one molecule"]
+                parts += [_swaps_table(swapped[0]), trips_line(swapped[1])]
         else:
             one = next((m for m in found.maps if m.diffusion == name), None)
             energies = "energies above the lowest at the lowest n in kcal/mol"
@@ -338,7 +374,7 @@ def tables(found: Boltzmann) -> list[RenderableType]:
             ]
     torsions = _torsion_table(found)
     if torsions is not None:
-        parts += ["", "dihedrals: circular standard deviation in degrees", torsions]
+        parts += ["", *torsions]
     if found.paces:
         parts += [
             "",
@@ -354,8 +390,8 @@ def tables(found: Boltzmann) -> list[RenderableType]:
     return [*parts, "", *filter(None, lines)]
 
 
-def _count(items: Any, one: str = "molecule") -> str:
-    return f"{len(items):,} {one}{'' if len(items) == 1 else 's'}"
+def _count(many: int, one: str = "molecule") -> str:
+    return f"{many:,} {one}{'' if many == 1 else 's'}"
 
 
 def map_line(one: Map) -> str:
@@ -368,7 +404,7 @@ def map_line(one: Map) -> str:
     out = f", {left} discarded" if left else ""
     return (
         f"diffusion step n of {one.diffusion.model} samples at T = {number(one.mu.value, 3)} n² K "
-        f"({within}; {_count(kept)}{out}; published pairs: {number(MU, 2)})"
+        f"({within}; {_count(len(kept))}{out}; published pairs: {number(MU, 2)})"
     )
 
 
@@ -421,7 +457,11 @@ def values(found: Boltzmann) -> dict[str, Any]:
             "store": str(found.store.path),
             "limits": {"rmsd_A": found.max_rmsd, "rest_kcal_per_mol": found.max_rest},
             "ladders": [
-                {**asdict(name), "rungs": [asdict(row) for row in levels(found, name)]}
+                {
+                    **asdict(name),
+                    "rungs": [asdict(row) for row in levels(found, name)],
+                    **_exchange_values(found, name),
+                }
                 for name in found.ladders
             ],
             "molecules": [_molecule_values(subject) for subject in found.subjects],
@@ -445,6 +485,13 @@ def values(found: Boltzmann) -> dict[str, Any]:
         }
     )
     return plain
+
+
+def _exchange_values(found: Boltzmann, name: LadderName) -> dict[str, Any]:
+    swapped = exchange_of(found, name)
+    if swapped is None:
+        return {}
+    return {"swaps": [asdict(row) for row in swapped[0]], "trips": asdict(swapped[1])}
 
 
 def _molecule_values(subject: Subject) -> dict[str, Any]:
@@ -552,9 +599,5 @@ def write_per_chain(found: Boltzmann, target: Path) -> int:
     Raises StoreError when the file cannot be written.
     """
     lines = per_chain(found)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_whole(Path(target).absolute(), out.getvalue().encode())
+    write_csv(target, _COLUMNS, lines)
     return len(lines)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -246,7 +247,11 @@ def _chain(
 
 
 def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
-    from kernels.sampling.replica_exchange import SingleProcess, run_exchange
+    from kernels.sampling.replica_exchange import (
+        SingleProcess,
+        parallel_efficiency,
+        run_exchange,
+    )
 
     wanted = stage.settings
     path = Path(payload.checkpoint)
@@ -261,9 +266,10 @@ def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -
     if result is None:
         return dict(_OPEN)
     clock = _Clock(None)
-    # Of each chain, what its energies took; before it was taken up again is not counted.
-    clock.cpu_s = float(result["compute_s"].sum()) / len(wanted["temperatures"])
-    clock.wall_s = float(result["total_s"].max())
+    temperatures = wanted["temperatures"]
+    # Of each chain, what its energies took, in all the parts that the ladder was computed in.
+    compute_s, _, clock.wall_s = result["spent_s"].tolist()
+    clock.cpu_s = compute_s / len(temperatures)
     rows = [
         _row(
             payload,
@@ -282,12 +288,31 @@ def _replica_exchange(stage: Call, payload: Payload, stop: Callable[[], bool]) -
             energy_eV=result["energies"][rung],
             positions=result["frames"][rung].reshape(-1, 3),
         )
-        for rung, temperature in enumerate(wanted["temperatures"])
+        for rung, temperature in enumerate(temperatures)
     ]
-    nbytes = sum(700 + row["energy_eV"].nbytes + row["positions"].nbytes for row in rows)
+    swaps = [
+        {
+            "temperature_K": temperature,
+            "next_temperature_K": higher,
+            "swaps_tried": int(tried),
+            "swaps_accepted": int(accepted),
+            "round_trips": int(trips),
+            "n_processes": len(result["total_s"]),
+            "efficiency": parallel_efficiency(result),
+        }
+        for temperature, higher, tried, accepted, trips in zip(
+            temperatures,
+            [*temperatures[1:], np.nan],
+            [*result["swaps_tried"], 0],
+            [*result["swaps_accepted"], 0],
+            result["round_trips"],
+            strict=True,
+        )
+    ]
+    nbytes = sum(900 + row["energy_eV"].nbytes + row["positions"].nbytes for row in rows)
     # The processes of an MPI program are none of this one's own.
     elsewhere = float(result["compute_s"].sum()) if stage.mpi_prefix else 0.0
-    outcome = done({"chains": rows}, nbytes)
+    outcome = done({"chains": rows, "exchanges": swaps}, nbytes)
     return {**outcome, "checkpointed": path.exists(), "cpu_elsewhere_s": elsewhere}
 
 
@@ -446,11 +471,23 @@ class _Saved:
         )
 
 
+def company(path: Path) -> str:
+    """Return what names the chains that a saved one ran together with; "" where there are none."""
+    try:
+        with np.load(path) as saved:
+            return str(saved["company"]) if "company" in saved else ""
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return ""
+
+
 def _companies(chains: Sequence[_Saved]) -> list[tuple[int, list[int]]]:
-    """Share chains out to batches that can go on together: step, and places."""
+    """Share chains out to batches that can go on together: step, and places.
+
+    They are always in the same order, on which the rounding of a network's sums may depend.
+    """
     by_company: dict[str, list[int]] = {}
-    for place, chain in enumerate(chains):
-        by_company.setdefault(chain.company, []).append(place)
+    for place in sorted(range(len(chains)), key=lambda place: chains[place].path.name):
+        by_company.setdefault(chains[place].company, []).append(place)
     made: list[tuple[int, list[int]]] = []
     for places in by_company.values():
         known = [{m.step for m in chains[place].moments} or {0} for place in places]

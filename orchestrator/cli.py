@@ -593,7 +593,7 @@ def query(
         typer.Argument(
             metavar="SQL",
             help="SQL over molecules, geometries, relaxations, frames, paths, single_points, "
-            "generations, tasks.",
+            "chains, chain_steps, exchanges, generations, tasks.",
         ),
     ],
     place: Place,

@@ -53,6 +53,10 @@ _CHAINS = (
     "acceptance", "swap_acceptance", "n_evaluations", "diverged", "divergence", "energy_eV",
     "cpu_s",
 )  # fmt: skip
+_EXCHANGES = (
+    "key", "next_temperature_K", "swaps_tried", "swaps_accepted", "round_trips", "n_processes",
+    "efficiency",
+)  # fmt: skip
 _POINTS = ("key", "parent_key", "stage", "level", "program", "energy_eV")
 _MOLECULES = ("key", "smiles", "name", "formula")
 _TASKS = ("key", "started_s")
@@ -85,6 +89,23 @@ class LadderName:
         return kinds.index(self.kind), self.stage, self.level, self.model, self.program
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """How a chain of a replica exchange swapped with the next temperature, after the burn-in.
+
+    ``next_temperature``: K, NaN at the end of the ladder. ``round_trips``: ways from the lowest
+    temperature to the highest and back, of the walker that began here. ``processes``: of the
+    whole ladder, and ``efficiency`` the share of their time that was spent in energies.
+    """
+
+    next_temperature: float
+    tried: int
+    accepted: int
+    round_trips: int
+    processes: int
+    efficiency: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Chain:
     """One chain: ``energies`` (S,) after the burn-in in eV, each ``stride`` steps after the last.
@@ -92,6 +113,7 @@ class Chain:
     ``trace`` (L,): all of its energies in eV, the start's first, also ``stride`` steps apart.
     ``angles`` (T, F): dihedral angles in degrees of at most 2000 frames after the burn-in;
     ``mean_geometry`` (N, 3): their mean in Å, each laid onto the start; None without frames.
+    ``exchange``: of a replica exchange's chain, where the store tells.
     """
 
     key: bytes
@@ -112,6 +134,7 @@ class Chain:
     trace: Floats
     angles: Floats
     mean_geometry: Floats | None
+    exchange: Exchange | None
 
     @property
     def rung(self) -> float:
@@ -223,6 +246,7 @@ class _Tables:
     points: Rows
     points_of: dict[bytes, list[int]]
     molecules: Lookup
+    exchanges: Lookup
     shapes: dict[bytes, _Shape]
     torsions: dict[bytes, tuple[Torsion, ...]]
 
@@ -238,7 +262,8 @@ def _gather(snapshot: Snapshot) -> _Tables | None:
     ours = Lookup(chains).find(points["parent_key"]) >= 0
     for row in np.flatnonzero(ours).tolist():
         points_of.setdefault(key_bytes(points["parent_key"][row]), []).append(row)
-    found = _Tables(chains, kept, points, points_of, molecules, {}, {})
+    exchanges = Lookup(snapshot.read("exchanges", _EXCHANGES))
+    found = _Tables(chains, kept, points, points_of, molecules, exchanges, {}, {})
     _read_shapes(snapshot, found)
     return found
 
@@ -294,6 +319,11 @@ def _read_shapes(snapshot: Snapshot, tables: _Tables) -> None:
 def _chains(tables: _Tables) -> Iterable[tuple[bytes, int, LadderName, Chain]]:
     """Yield molecule, conformer, ladder and chain of every chain and level of theory."""
     rows = tables.chains
+    computed: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for row in tables.kept:
+        for point in tables.points_of.get(key_bytes(rows["key"][row]), []):
+            place = tables.points["level"][point], tables.points["program"][point]
+            computed.setdefault((_stage(rows, row), rows["model"][row]), set()).add(place)
     for row in tables.kept:
         key = key_bytes(rows["key"][row])
         kind = rows["kind"][row]
@@ -310,9 +340,11 @@ def _chains(tables: _Tables) -> Iterable[tuple[bytes, int, LadderName, Chain]]:
                     every,
                 )
             )
-        # Without energies a chain still has its frames.
-        for level, program, energies, stride in series or [("", "", np.zeros(0), every)]:
-            name = LadderName(kind, level, program, rows["model"][row], _stage(rows, row))
+        stage, model = _stage(rows, row), rows["model"][row]
+        # Without energies a chain still has its frames. It waits in the ladders of those that have.
+        waits = [(*at, np.zeros(0), every) for at in sorted(computed.get((stage, model), ()))]
+        for level, program, energies, stride in series or waits or [("", "", np.zeros(0), every)]:
+            name = LadderName(kind, level, program, model, stage)
             yield (
                 key_bytes(rows["mol_key"][row]), int(rows["conformer"][row]), name,
                 _chain(tables, row, key, energies, stride),
@@ -345,6 +377,22 @@ def _chain(tables: _Tables, row: int, key: bytes, energies: Floats, stride: int)
         trace=energies[there],
         angles=shape.angles if shape else np.zeros((0, 0)),
         mean_geometry=shape.mean_geometry if shape else None,
+        exchange=_exchange(tables, row),
+    )
+
+
+def _exchange(tables: _Tables, row: int) -> Exchange | None:
+    at = int(tables.exchanges.find(tables.chains["key"][row : row + 1])[0])
+    if at < 0:
+        return None
+    rows = tables.exchanges.rows
+    return Exchange(
+        next_temperature=float(rows["next_temperature_K"][at]),
+        tried=int(rows["swaps_tried"][at]),
+        accepted=int(rows["swaps_accepted"][at]),
+        round_trips=int(rows["round_trips"][at]),
+        processes=int(rows["n_processes"][at]),
+        efficiency=float(rows["efficiency"][at]),
     )
 
 

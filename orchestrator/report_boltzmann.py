@@ -18,6 +18,7 @@ from orchestrator.boltzmann import (
     analyse,
     capacity,
     deviations,
+    exchange_of,
     levels,
 )
 from orchestrator.boltzmann_tables import (
@@ -25,6 +26,7 @@ from orchestrator.boltzmann_tables import (
     overlaps,
     settled_line,
     torsion_deviation,
+    trips_line,
 )
 from orchestrator.bootstrap import Estimate
 from orchestrator.drawing import (
@@ -270,6 +272,7 @@ def violin_figure(found: Boltzmann) -> Picture | None:
         axes.set_title(f"{_short(subject.name)}{left_out}", fontsize=8.5, color=INK)
         if place % _ACROSS == 0:
             axes.set_ylabel("energy (kcal/mol)")
+        axes.set_xlabel(_pair_words(pairs[0]), fontsize=8)
     if both:
         from matplotlib.patches import Patch
 
@@ -295,8 +298,13 @@ def violin_figure(found: Boltzmann) -> Picture | None:
 
 
 def _pair_label(pair: tuple[float, float]) -> str:
-    words = [f"{pair[0]:g} K"] if np.isfinite(pair[0]) else []
-    return "\n".join([*words, *([f"n = {pair[1]:g}"] if np.isfinite(pair[1]) else [])])
+    return "\n".join(f"{value:g}" for value in pair if np.isfinite(value))
+
+
+def _pair_words(pair: tuple[float, float]) -> str:
+    """Return what the lines of a pair's label are."""
+    words = [word for word, value in zip(("T (K)", "n"), pair, strict=True) if np.isfinite(value)]
+    return ", ".join(words)
 
 
 def ladder_figure(found: Boltzmann) -> Picture | None:
@@ -717,6 +725,7 @@ TEMPERATURE_COLUMNS: Final = (
     "T, K", "molecules", "mean energy, kcal/mol", "sd", "/ harmonic (95\u00a0%\u00a0CI)",
     "within 3 SE", "autocorrelation time, steps", "effective samples", "accepted", "R‑hat",
 )  # fmt: skip
+SWAP_COLUMNS: Final = ("T, K", "next, K", "ladders", "swaps tried", "accepted", "least")
 WORDS: Final = ("molecule", "counts")
 
 
@@ -812,6 +821,24 @@ def _rung_tables(found: Boltzmann) -> list[_Table]:
         one = found.maps[0] if found.maps else None
         rows = [_step_row(row, one) for row in levels(found, found.diffusion)]
         made.append(_without_empty(STEP_COLUMNS, rows))
+    for name in found.ladders:
+        if swapped := exchange_of(found, name):
+            made.append(
+                _without_empty(
+                    SWAP_COLUMNS,
+                    [
+                        [
+                            f"{row.temperature:g}",
+                            f"{row.next_temperature:g}",
+                            count(row.ladders),
+                            count(row.tried),
+                            _percent(row.accepted),
+                            _percent(row.least),
+                        ]
+                        for row in swapped[0]
+                    ],
+                )
+            )
     return made
 
 
@@ -858,6 +885,9 @@ def _note(found: Boltzmann) -> str:
             f"Chains at diffusion steps: stage {found.diffusion.stage}, model "
             f"{found.diffusion.model}, {energies}."
         )
+    for name in found.ladders:
+        if swapped := exchange_of(found, name):
+            parts.append(f"Stage {name.stage}: {trips_line(swapped[1])}.")
     for one in found.maps[:1]:
         parts.append(
             "Rest is how far the mean energy at the lowest n lies above the minimum, RMSD that of "

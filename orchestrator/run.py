@@ -23,6 +23,7 @@ import numpy as np
 
 from orchestrator import block, fleet, ingest, lock, progress, shard, under_way
 from orchestrator.campaign import Campaign
+from orchestrator.chain_calls import company
 from orchestrator.columns import from_records
 from orchestrator.counts import StageCounts, in_full
 from orchestrator.errors import (
@@ -285,7 +286,7 @@ class Driver:
                     snapshot = self.store.snapshot()
                     index = _without_failures(snapshot.task_index(), self.retry_failed)
                     estimates = learned_estimates(snapshot, self.plan)
-                    self.stream = Stream(self.plan, folder, index, estimates)
+                    self.stream = Stream(self.plan, folder, index, estimates, self._company)
                     self._loop(lock, apps)
                     self._train(lock)
                     self._write_progress()
@@ -494,6 +495,9 @@ class Driver:
         self._training_words = ""
         self._trained = receipt.finished
         self.notes.add(f"{receipt.words}; {receipt.output}")
+
+    def _company(self, item: Item) -> str:
+        return company(checkpoint_path(self.store.path, item.key))
 
     def _loop(self, lock: DriverLock, apps: dict[str, Any]) -> None:
         workers = self.site.pools()

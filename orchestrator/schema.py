@@ -310,6 +310,40 @@ TABLES: dict[str, TableSchema] = {
             ),
         ),
         TableSchema(
+            "exchanges",
+            "One row per chain of a replica exchange: how it swapped with the next temperature.",
+            (
+                _key("key", "the chain's key"),
+                _key("mol_key", "molecule"),
+                _key("parent_key", "task whose geometry the chains started from"),
+                _key("task_key", "task that made all chains of the ladder"),
+                _category("stage", "name of the campaign's stage"),
+                _scalar("conformer", "<u2", "conformer number, from 0"),
+                _scalar("temperature_K", "<f8", "temperature", "K"),
+                _scalar(
+                    "next_temperature_K",
+                    "<f8",
+                    "the next higher one of the ladder (NaN: none)",
+                    "K",
+                ),
+                _scalar("swaps_tried", "<i8", "swaps with it that were tried after the burn-in"),
+                _scalar("swaps_accepted", "<i8", "swaps of them that were taken"),
+                _scalar(
+                    "round_trips",
+                    "<i8",
+                    "ways from the lowest temperature to the highest and back, of the walker that "
+                    "began here (burn-in included)",
+                ),
+                _scalar("n_processes", "<i4", "processes that computed the ladder (at last)"),
+                _scalar(
+                    "efficiency",
+                    "<f8",
+                    "share of the time of all these processes that was spent in energies",
+                    "1",
+                ),
+            ),
+        ),
+        TableSchema(
             "generations",
             "How each molecule made from noise settled, diffusion step by diffusion step.",
             (

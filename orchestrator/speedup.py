@@ -7,8 +7,6 @@ settings of the optimiser. Arms go by the names of their stages. Only the store 
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ from kernels.units import EV_TO_KCAL
 from orchestrator import published
 from orchestrator.bootstrap import Estimate, Statistic, estimate, mean, median
 from orchestrator.columns import Category, Rows, key_bytes
+from orchestrator.csv_file import write_csv
 from orchestrator.errors import StoreError
 from orchestrator.published import Published
-from orchestrator.shard import write_whole
 from orchestrator.store import Snapshot, Store
 from orchestrator.tables import Lookup
 
@@ -718,9 +716,5 @@ def write_per_molecule(comparison: Comparison, target: Path) -> int:
     Raises StoreError when the file cannot be written.
     """
     lines = per_molecule(comparison)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_whole(Path(target).absolute(), out.getvalue().encode())
+    write_csv(target, _COLUMNS, lines)
     return len(lines)

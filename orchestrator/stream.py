@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,18 @@ class Estimate:
 
 
 class Stream:
-    """Ready items per stage, and the counts of all that has been pulled from the plan."""
+    """Ready items per stage, and the counts of all that has been pulled from the plan.
+
+    ``company``: names those that a chain under way was computed together with, "" where it was not.
+    """
 
     def __init__(
-        self, plan: Plan, folder: Path, index: KeyIndex, estimates: list[Estimate]
+        self,
+        plan: Plan,
+        folder: Path,
+        index: KeyIndex,
+        estimates: list[Estimate],
+        company: Callable[[Item], str] = lambda item: "",
     ) -> None:
         n = len(plan.stages)
         self.plan = plan
@@ -116,6 +125,8 @@ class Stream:
         # Stages whose items run together share the queue of the first of them.
         self._queue = [s.index if s.leader < 0 else s.leader for s in plan.stages]
         self._arrived = [0.0] * n
+        self._company = company
+        self._companies: dict[bytes, str] = {}
         self._leaders = sorted({s.leader for s in plan.stages if s.leader >= 0})
         self.ready: list[deque[Item]] = [deque() for _ in range(n)]
         self.ready_s = [0.0] * n
@@ -326,7 +337,7 @@ class Stream:
         if self.plan.stages[stage].leader >= 0:
             # What a worker can compute together goes to it together, whatever that takes.
             count = min(MOST_TOGETHER, -(-len(queue) // max(1, workers)))
-            return [queue.popleft() for _ in range(count)]
+            return self._cut_company(queue, count)
         items: list[Item] = []
         seconds = 0.0
         while queue and len(items) < most:
@@ -338,3 +349,23 @@ class Stream:
         # Pushed at older estimates, so the sum is only kept roughly; an empty queue resets it.
         self.ready_s[stage] = max(self.ready_s[stage] - seconds, 0.0) if queue else 0.0
         return items
+
+    def _cut_company(self, queue: deque[Item], count: int) -> list[Item]:
+        """Take chains that were under way together, however many; else so many that are new.
+
+        In other company their sums would be rounded otherwise.
+        """
+        for item in queue:
+            if item.key not in self._companies:
+                self._companies[item.key] = self._company(item)
+        first = self._companies[queue[0].key]
+        taken = [item for item in queue if self._companies[item.key] == first]
+        taken = taken if first else taken[:count]
+        gone = {item.key for item in taken}
+        left = [item for item in queue if item.key not in gone]
+        queue.clear()
+        queue.extend(left)
+        for key in gone:
+            # Asked again when they come back.
+            del self._companies[key]
+        return taken

@@ -333,8 +333,8 @@ def _dataset(source: _Source, schema: pyarrow.Schema, problems: list[Exception])
 def query(store: Store, sql: str) -> pyarrow.Table:
     """Answer one SELECT over the tables, in DuckDB's SQL.
 
-    Tables: molecules, geometries, relaxations, paths, chains, tasks, and, with a row per frame
-    numbered by ``step``, frames, single_points, generations and chain_steps, the energies of
+    Tables: molecules, geometries, relaxations, paths, chains, exchanges, tasks, and, with a row per
+    frame numbered by ``step``, frames, single_points, generations and chain_steps, the energies of
     chains. Keys are 32 hexadecimal digits, missing values are null. Beyond the stored columns there
     is ``relaxation_kcal_per_mol``, the energy that a relaxation or a force-field optimisation
     gained. ``numbers``, ``positions`` and a chain's ``energy_eV`` are lists, and there only in a

@@ -9,8 +9,6 @@ command starts one process for each and only watches over them.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import multiprocessing
 import os
 import platform
@@ -24,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kernels.errors import InputError, KernelError, NotFiniteError
 from orchestrator.child import die_with_parent
+from orchestrator.csv_file import write_csv
 from orchestrator.errors import CampaignError, RunError
 from orchestrator.lock import DriverLock, named
-from orchestrator.shard import write_whole
 from orchestrator.train_file import TrainFile
 
 if TYPE_CHECKING:
@@ -435,12 +433,7 @@ def machine(device: Any) -> str:
 
 def write_history(history: list[dict[str, float]], path: Path) -> None:
     """Write the losses of each validation as a table."""
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in history for name in row))
-    writer = csv.DictWriter(text, names)
-    writer.writeheader()
-    writer.writerows(history)
-    write_whole(path, text.getvalue().encode())
+    write_csv(path, list(dict.fromkeys(name for row in history for name in row)), history)
 
 
 # Stopping

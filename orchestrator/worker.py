@@ -346,6 +346,8 @@ class _Batch:
                     row.update(ladder=ladder, cpu_s=outcome["cpu_s"], wall_s=outcome["wall_s"])
                 elif table == "single_points":
                     row.update(cpu_s=outcome["cpu_s"])
+                elif table == "exchanges":
+                    row.update(task_key=item.key)
                 elif table == "chains":
                     row.update(task_key=item.key)
                     # What it took before it was taken up again stands there already.
@@ -378,8 +380,11 @@ class _Batch:
         return path
 
 
-def run_bundle(bundle: Bundle) -> Receipt:
-    """Run a bundle and return its receipt (called by Parsl in a worker process)."""
+def run_bundle(bundle: Bundle, **resources: object) -> Receipt:
+    """Run a bundle and return its receipt (called by Parsl in a worker process).
+
+    ``resources``: what it asked of its executor, which Parsl hands on to what it calls; unused.
+    """
     node = block.node_name()
     local = os.environ.get("PARSL_WORKER_BLOCK_ID", "0")
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or f"local-{local}"

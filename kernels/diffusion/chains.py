@@ -56,8 +56,9 @@ _LOOK_EVERY: Final = 100
 # bond that vibrates, or is being exchanged for another.
 _PIECES_FACTOR: Final = 2.0
 
-# How long a segment lasts, and what its frames may take, when its steps are not given.
-_SEGMENT_S: Final = 10.0
+# How long a segment lasts, and what its frames may take, when its steps are not given. The end of
+# a batch job is heard between two of them, some seconds ahead.
+_SEGMENT_S: Final = 2.0
 _SEGMENT_BYTES: Final = 2 << 20
 
 
@@ -178,7 +179,7 @@ def diffusion_chains(
     not know, an impossible n or geometry, NotFiniteError for a NaN in it, ResourceError when memory
     does not suffice. `save_every`: of the steps, one in so many is kept.
 
-    ``on_segment`` sees the state after every `segment` steps (default: about ten seconds' worth; of
+    ``on_segment`` sees the state after every `segment` steps (default: about two seconds' worth; of
     a basin model's chains the next multiple of ten), the last included; false ends the work there,
     and what there is is returned. ``state`` goes on from a saved one, in place. For the limits see
     `kernels.diffusion.batching`.

@@ -132,7 +132,7 @@ def table(result: Mapping[str, NDArray[Any]], burn_in: int) -> str:
             f"{result['acceptance'][rung]:9.3f} {swapped:>7} "
             f"{result['step_size'][rung]:10.5f}"
         )
-    seconds, processes = result["total_s"].max(), len(result["total_s"])
+    seconds, processes = result["spent_s"][2], len(result["total_s"])
     trips = int(result["round_trips"].sum())
     lines += [
         "mean E and sd in kcal/mol above the lowest energy seen; harmonic: (3N-6)/2 k_B T;",

@@ -321,8 +321,9 @@ def summarise(arrays: Mapping[str, NDArray[Any]], settings: ExchangeSettings) ->
     Of R temperatures in ascending order: `temperatures` (R,) in K; `energies` (R, steps+1) in eV
     and `frames` (R, steps//save_every+1, N, 3) in Å, the latter float32; `acceptance`, `step_size`
     in Å, `n_evaluations` and `n_failed` (R,); `swap_acceptance` (R,) with the next temperature,
-    the last NaN; `walkers` (segments, R): who was there; `round_trips` (R,) of each walker, from
-    the lowest temperature to the highest and back.
+    the last NaN, and the `swaps_tried` and `swaps_accepted` (R-1,) behind it; `walkers` (segments,
+    R): who was there; `round_trips` (R,) of each walker, from the lowest temperature to the highest
+    and back.
     """
     rungs = arrays["rungs"]
     walkers = np.argsort(rungs, axis=1).astype(np.int16)
@@ -346,6 +347,8 @@ def summarise(arrays: Mapping[str, NDArray[Any]], settings: ExchangeSettings) ->
         "frames": frames[there[:, saved], np.arange(len(saved))],
         "acceptance": kept.mean(axis=1) if kept.shape[1] else np.full(ladder, np.nan),
         "swap_acceptance": swaps,
+        "swaps_tried": tried,
+        "swaps_accepted": arrays["swaps_accepted"],
         "step_size": arrays["step_sizes"],
         "n_evaluations": np.full(ladder, settings.steps + 1, dtype=np.int64),
         "n_failed": arrays["n_failed"],
@@ -402,7 +405,9 @@ def run_exchange(
     """Run a ladder from `request_arrays`, or go on with it where `saved` exists; for all processes.
 
     Returns the arrays of `summarise` with `numbers`, and of every process `compute_s`, spent in
-    energies, and `total_s`, both of this call. `stop` is asked by every process once a segment;
+    energies, and `total_s`, both of this call. `spent_s` (3,) sums over all calls that the ladder
+    took, up to what each of them saved: time in energies and time of all processes, and the time
+    that went by, in s. `stop` is asked by every process once a segment;
     when any says so, all save and return None. The first process alone writes and reads `saved`,
     every `save_every_s` seconds, and leaves it there at the end. `make` stands in for calculators
     by name. Raises InputError where `saved` belongs to another request, and what `advance` raises.
@@ -412,10 +417,16 @@ def run_exchange(
     settings, seed, make = _understood(request, make)
     digest = _digest(request)
     arrays = on_first(communicator, lambda: _read_saved(saved, digest))
+    before = np.zeros(3)
     if arrays is None:
         state = init(numbers, positions, make, settings, communicator)
     else:
         state = from_arrays(arrays, make, communicator)
+        before = arrays.get("spent_s", before)
+
+    def times() -> list[tuple[float, float]]:
+        return communicator.allgather((state.compute_s, time.perf_counter() - begun))
+
     last_save = time.perf_counter()
     while not state.is_done:
         message = _NOTHING
@@ -426,24 +437,33 @@ def run_exchange(
         asked = max(advance(state, numbers, settings, seed, communicator, message=message))
         if asked != _NOTHING:
             arrays = to_arrays(state, communicator)
+            spent = _spent(before, times())
             if communicator.rank == 0:
-                write_npz(saved, {**arrays, "digest": digest})
+                write_npz(saved, {**arrays, "digest": digest, "spent_s": spent})
             last_save = time.perf_counter()
             if asked == _STOP and not state.is_done:
                 # Nobody leaves before the file is there.
                 communicator.allgather(None)
                 return None
     result = summarise(to_arrays(state, communicator), settings)
-    times = communicator.allgather((state.compute_s, time.perf_counter() - begun))
     result["numbers"] = np.array(numbers, dtype=np.uint8)
-    result["compute_s"], result["total_s"] = np.array(times).T
+    taken = times()
+    result["compute_s"], result["total_s"] = np.array(taken).T
+    result["spent_s"] = _spent(before, taken)
     return result
+
+
+def _spent(
+    before: NDArray[np.float64], times: Sequence[tuple[float, float]]
+) -> NDArray[np.float64]:
+    compute, total = np.array(times).T
+    return np.add(before, [compute.sum(), len(total) * total.max(), total.max()])
 
 
 def parallel_efficiency(result: Mapping[str, NDArray[Any]]) -> float:
     """Return the share of all processes' time spent in energies, from `run_exchange`'s result."""
-    total = result["total_s"]
-    return float(result["compute_s"].sum() / (len(total) * total.max()))
+    compute, total, _ = result["spent_s"].tolist()
+    return float(compute / total)
 
 
 def on_first(communicator: Communicator, work: Callable[[], T]) -> T:

@@ -6,7 +6,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,80 @@ if "orchestrator.child" in sys.orig_argv:
     threading.Thread(target=live, daemon=True).start()
 """
 
+# The same of chains: which steps were made, and after which the state was saved.
+_STEP_RECORDER = """\
+import sys
+
+if "orchestrator.child" in sys.orig_argv:
+    import os
+    import time
+
+    from kernels.sampling import metropolis
+    from orchestrator import chain_calls
+
+    name = f"{os.getpid()}-{time.time_ns()}"
+    file = os.open(os.path.join(os.environ["BASIN_STEP_LOG"], name), os.O_CREAT | os.O_WRONLY)
+
+    def say(what, seed, first, last):
+        os.write(file, f"{time.time()} {what} {seed:016x} {first} {last}\\n".encode())
+
+    advance, save, together = metropolis.advance, chain_calls.save, chain_calls._together
+
+    def recorded_advance(state, numbers, calculator, settings, seed, **options):
+        first = state.step
+        advance(state, numbers, calculator, settings, seed, **options)
+        say("made", seed, first, state.step)
+
+    def recorded_save(path, arrays):
+        save(path, arrays)
+        # Of a batch of diffusion chains the state before stands there too.
+        last = int(arrays["step"].max())
+        say("saved", int(os.path.basename(path)[:16], 16), last, last)
+
+    def recorded_together(stage, payloads, chains, step, stop):
+        from kernels.diffusion import chains as kernel
+
+        inner = kernel.diffusion_chains
+
+        def recorded(model, starts, *, on_segment, **options):
+            last = step
+
+            def watch(state):
+                nonlocal last
+                for start in starts:
+                    say("made", start.seed, last, state.step)
+                last = state.step
+                return on_segment(state)
+
+            return inner(model, starts, on_segment=watch, **options)
+
+        kernel.diffusion_chains = recorded
+        try:
+            return together(stage, payloads, chains, step, stop)
+        finally:
+            kernel.diffusion_chains = inner
+
+    metropolis.advance = recorded_advance
+    chain_calls.save, chain_calls._together = recorded_save, recorded_together
+"""
+
+
+def _first_on_path(folder: Path) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@contextmanager
+def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
+    """Suspend what computes; what a signal ends meanwhile is gone afterwards."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
 
 def write_site(folder: Path, walltime: str = "10 min", *, exclusive: bool = True) -> Path:
     """Write a site file for the test cluster, as a user would; return its path.
@@ -92,6 +167,50 @@ def write_site(folder: Path, walltime: str = "10 min", *, exclusive: bool = True
     path = folder / "testcluster.toml"
     path.write_text(_SITE.format(walltime=walltime, exclusive=str(exclusive).lower()))
     return path
+
+
+@dataclass(slots=True)
+class Part:
+    """What one process made of a chain: steps from ``first`` to ``last``.
+
+    ``saved``: the step of its last saved state, ``first`` where it saved none.
+    """
+
+    key: str
+    first: int
+    last: int
+    saved: int
+
+
+class StepRecords:
+    """Which steps of chains were made, in how many processes: seen from outside of Basin."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "steps"
+        for path in (self._log, folder / "python"):
+            path.mkdir(parents=True)
+        (folder / "python" / "sitecustomize.py").write_text(_STEP_RECORDER)
+        self.environment = {
+            "PYTHONPATH": _first_on_path(folder / "python"),
+            "BASIN_STEP_LOG": str(self._log),
+        }
+
+    def parts(self) -> list[Part]:
+        """Return the parts of all chains, in the order of their beginnings."""
+        found: dict[tuple[str, str], tuple[float, Part]] = {}
+        for path in self._log.iterdir():
+            for line in path.read_text().splitlines():
+                moment, what, key, first, last = line.split()
+                place = path.name, key
+                if place not in found:
+                    found[place] = float(moment), Part(key, int(first), int(first), int(first))
+                part = found[place][1]
+                if what == "saved":
+                    part.saved = int(last)
+                else:
+                    assert part.last == int(first), "steps left out, or made again in one process"
+                    part.last = int(last)
+        return [part for _, part in sorted(found.values(), key=lambda x: x[0])]
 
 
 @dataclass(slots=True)
@@ -115,9 +234,7 @@ class Records:
             path.mkdir(parents=True)
         (folder / "python" / "sitecustomize.py").write_text(_RECORDER)
         self.environment = {
-            "PYTHONPATH": os.pathsep.join(
-                [str(folder / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
+            "PYTHONPATH": _first_on_path(folder / "python"),
             "BASIN_EXECUTION_LOG": str(self._log),
         }
         self._end = threading.Event()

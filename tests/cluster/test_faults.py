@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from orchestrator.store import Store
-from tests.cluster.disturbances import Disturber, Records, account, write_site
+from tests.cluster.disturbances import (
+    Disturber,
+    Records,
+    account,
+    standing_still,
+    write_site,
+)
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.orchestrator.run_fixtures import (
     SMALL,
@@ -75,19 +78,6 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Store:
         assert run.wait(LIMIT_S) == 0, run.output()
     assert [c.ok for c in standing_of(campaign).counts] == [MOLECULES] * 4
     return store_of(campaign)
-
-
-@contextmanager
-def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
-    """Suspend what computes; what a signal ends meanwhile is gone afterwards."""
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
 
 
 def relaxed(campaign: Path) -> int:

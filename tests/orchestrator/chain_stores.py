@@ -149,6 +149,36 @@ class Chains:
             self.points(mine, along)
         return mine
 
+    def exchange(
+        self,
+        parent: bytes,
+        temperatures: Any,
+        accepted: Any,
+        *,
+        round_trips: int = 0,
+        efficiency: float = 0.9,
+        **changes: Any,
+    ) -> None:
+        """Add a replica exchange whose neighbours took so many of 100 swaps."""
+        for at, temperature in enumerate(temperatures):
+            last = at == len(temperatures) - 1
+            mine = self.chain(parent, kind="replica exchange", temperature=temperature, **changes)
+            about = self.row("chains", mine)
+            self.records.tables.setdefault("exchanges", []).append(
+                {name: about[name] for name in ("key", "mol_key", "parent_key", "task_key")}
+                | {
+                    "stage": about["stage"],
+                    "conformer": 0,
+                    "temperature_K": temperature,
+                    "next_temperature_K": np.nan if last else temperatures[at + 1],
+                    "swaps_tried": 0 if last else 100,
+                    "swaps_accepted": 0 if last else accepted[at],
+                    "round_trips": round_trips if at == 0 else 0,
+                    "n_processes": 4,
+                    "efficiency": efficiency,
+                }
+            )
+
     def points(self, chain: bytes, energies: Any, *, level: str = LEVEL) -> bytes:
         """Add the energies (F,) in eV of a chain's frames."""
         about = self.row("chains", chain)

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from kernels.units import EV_TO_KCAL, KCAL_TO_EV
-from orchestrator.boltzmann import analyse, levels, matched, rmsd
+from orchestrator.boltzmann import (
+    Swaps,
+    Trips,
+    analyse,
+    exchange_of,
+    levels,
+    matched,
+    rmsd,
+)
 from orchestrator.boltzmann_tables import (
     check_line,
     map_line,
@@ -151,6 +159,29 @@ def test_effective_samples_per_evaluation_against_plain_metropolis(tmp_path: Pat
 # --- the map ----------------------------------------------------------------------------------
 
 
+def test_swaps_of_neighbours_and_round_trips(tmp_path: Path) -> None:
+    study = Chains(steps=400)
+    for name, accepted, trips in (("a", (80, 20), 3), ("b", (60, 40), 0)):
+        study.exchange(
+            study.molecule(name), (20, 70, 300), accepted, round_trips=trips,
+            efficiency=0.9 if trips else 0.7,
+        )  # fmt: skip
+    found = analyse(study.store(tmp_path / "store"))
+    (name,) = found.ladders
+    swapped = exchange_of(found, name)
+    assert swapped is not None
+    swaps, trips_made = swapped
+    assert swaps == [Swaps(20, 70, 2, 200, 0.7, 0.6), Swaps(70, 300, 2, 200, 0.3, 0.2)]
+    assert trips_made == Trips(2, 6, 400, 3, 1, (4, 4), pytest.approx(0.8))
+    words = "\n".join(part for part in tables(found) if isinstance(part, str))
+    assert "3 round trips from the lowest" in words
+    assert "6 walkers in 2 ladders (none in 1), 400 steps each" in words
+    assert "4 processes a ladder, 80.0 % of their time in energies" in words
+    (ladder,) = values(found)["ladders"]
+    assert [row["accepted"] for row in ladder["swaps"]] == [0.7, 0.3]
+    assert ladder["trips"]["round_trips"] == 3
+
+
 def test_one_factor_maps_n_to_temperature(study: Store) -> None:
     found = analyse(study)
     (one,) = found.maps
@@ -266,13 +297,26 @@ def test_a_store_with_one_kind_of_chains(tmp_path: Path) -> None:
     cold.chain(parent, kind=DIFFUSION, n=30, points=False)
     found = analyse(cold.store(tmp_path / "cold"))
     assert (found.maps, found.thermal) == ((), None)
-    assert {name.level for name in found.ladders} == {"GFN2-xTB", ""}
+    assert {name.level for name in found.ladders} == {"GFN2-xTB"}
     assert tables(found)
     json.dumps(values(found), allow_nan=False)
     empty = new_store(tmp_path / "empty")
     little_records().seal(empty)
     with pytest.raises(StoreError, match="no chain has finished yet"):
         analyse(empty)
+
+
+def test_chains_whose_energies_are_not_there_yet_wait_in_the_same_ladder(tmp_path: Path) -> None:
+    made = Chains(steps=400, burn_in=40)
+    for name in ("one", "two"):
+        parent = made.molecule(name)
+        for n in (4, 14):
+            made.chain(parent, kind="diffusion", n=n, save_every=4, points=(name, n) != ("two", 14))
+    found = analyse(made.store(tmp_path / "store"))
+    (ladder,) = found.ladders
+    assert ladder.level
+    assert [(row.chains, row.molecules) for row in levels(found, ladder)] == [(2, 2), (2, 1)]
+    assert tables(found)
 
 
 def test_diverged_chains_are_counted_and_in_no_number(tmp_path: Path) -> None:

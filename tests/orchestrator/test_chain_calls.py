@@ -155,9 +155,23 @@ def test_replica_exchange_is_a_chain_for_each_temperature_however_it_runs(
     one = payload(tmp_path / "parts", "CO")
     (part,) = call(exchange(), [one], stopping(2))
     assert part["status"] == "open"
+    with np.load(one.checkpoint) as saved:
+        compute_s, _, wall_s = saved["spent_s"]
+        assert 0 < compute_s <= wall_s
     (part,) = call(exchange(), [one], never)
     for row, other in zip(chains, ladder(part), strict=True):
         same(row, other)
+        # What the first part took counts.
+        assert other["wall_s"] > wall_s
+        assert other["cpu_s"] > compute_s / 3
+    swaps = whole["rows"]["exchanges"]
+    assert [row["next_temperature_K"] for row in swaps[:2]] == [150.0, 400.0]
+    # Five segments with swaps after the burn-in, of either pair in turn.
+    assert [row["swaps_tried"] for row in swaps] == [3, 2, 0]
+    for row, chain in zip(swaps[:2], chains, strict=False):
+        assert row["swaps_accepted"] / row["swaps_tried"] == chain["swap_acceptance"]
+    assert {row["n_processes"] for row in swaps} == {1}
+    assert 0 < swaps[0]["efficiency"] <= 1
     mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or "mpiexec"
     if not (importlib.util.find_spec("mpi4py") and shutil.which(mpiexec)):
         engine_missing("mpi", "mpi4py or mpiexec is not installed (pip install mpi4py mpich)")
@@ -168,6 +182,7 @@ def test_replica_exchange_is_a_chain_for_each_temperature_however_it_runs(
     (part,) = call(over_two, [one], never)
     for row, other in zip(chains, ladder(part), strict=True):
         same(row, other)
+    assert {row["n_processes"] for row in part["rows"]["exchanges"]} == {2}
     # What is wrong in there is told as if it had been here.
     with pytest.raises(CollapsedError, match="collapsed"):
         call(over_two, [replace(one, positions=0.1 * one.positions)], never)

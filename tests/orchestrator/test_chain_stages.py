@@ -270,3 +270,27 @@ def test_workers_share_the_chains_that_are_ready(chains: Callable[[str], Stream]
         shares.append(len(taken[1]))
     assert sum(shares) == 12 < MOST_TOGETHER
     assert shares[0] == 3
+
+
+def test_chains_that_were_under_way_together_go_on_together(
+    chains: Callable[[str], Stream],
+) -> None:
+    stream = chains("n = [1, 2, 4, 8]\n")
+    while taken := stream.take("cpu", 1e9, 1):
+        if taken[0].kernel == "diffusion_chain":
+            break
+        for item in taken[1]:
+            stream.finished(taken[0].index, item, True, "")
+    assert taken is not None
+    stage, items = taken
+    # As after a kill: seven had begun together, three in another bundle, and two not at all.
+    known = {item.key: "seven" for item in items[::2] + items[1:2]}
+    known |= {item.key: "three" for item in items[3:9:2]}
+    stream._company = lambda item: known.get(item.key, "")
+    for item in items:
+        stream.push(stage.index, item)
+    shares = []
+    while taken := stream.take("cpu", 1e9, 5):
+        shares.append({known.get(item.key, "") for item in taken[1]})
+        shares[-1].add(str(len(taken[1])))
+    assert sorted(map(sorted, shares)) == [["", "1"], ["", "1"], ["3", "three"], ["7", "seven"]]

@@ -403,6 +403,7 @@ def full_segments(store: Store) -> dict[str, Path]:
     study.records.seal(store, "study")
     chains = Chains(steps=20, burn_in=2)
     chains.chain(chains.molecule("propane", "CCC"), temperature=300.0)
+    chains.exchange(chains.molecule("butane", "CCCC"), (20, 70), (50,))
     chains.records.seal(store, "chains")
     compact(store)
     return {s.table: store.path / s.file for s in store.snapshot().manifest.segments}

@@ -37,7 +37,7 @@ def test_the_page_has_the_study(tmp_path: Path) -> None:
     pictures = page.pictures()
     for name in (VIOLINS, LADDERS, MAP, HARMONIC, CAPACITY, DIHEDRALS, GAUSSIAN):
         assert name in pictures
-    assert all(words in pictures[VIOLINS] for words in ("300 K", "n = 30", "energy (kcal/mol)"))
+    assert all(words in pictures[VIOLINS] for words in ("T (K), n", "energy (kcal/mol)"))
     assert "published pairs" in pictures[MAP]
     assert "(discarded)" in pictures[VIOLINS]
     assert "Discarded: apart: the minima differ by" in page.text

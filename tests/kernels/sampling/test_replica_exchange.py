@@ -37,7 +37,7 @@ STANDARD_ERRORS = 4.0
 
 TWO = np.ones(2, dtype=np.uint8)
 ONE = np.ones(1, dtype=np.uint8)
-TIMES = {"compute_s", "total_s"}
+TIMES = {"compute_s", "total_s", "spent_s"}
 
 
 class Threads:
