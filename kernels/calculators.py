@@ -242,15 +242,18 @@ def ladder(level: str, program: str | None = None) -> tuple[Rung, ...]:
     and only change the way down; the electronic temperature comes last because it changes it.
     """
     level = _named(level, _LEVELS, "level")
-    shorter_steps = Rung(
-        "steps of at most 0.05 Å, twice as many",
-        "StepCapError",
-        relaxation={"max_step_length": 0.05, "max_steps_factor": 2},
+    of_relaxations = (
+        Rung("unit initial Hessian", "HessianError", relaxation={"initial_hessian": "unit"}),
+        Rung(
+            "steps of at most 0.05 Å, twice as many",
+            "StepCapError",
+            relaxation={"max_step_length": 0.05, "max_steps_factor": 2},
+        ),
     )
     if level == "MMFF94":
-        return (shorter_steps,)
+        return of_relaxations
     if level in DFT_LEVELS:
-        return (*_DFT_RUNGS, shorter_steps)
+        return (*_DFT_RUNGS, *of_relaxations)
     damping = {"mixer_damping": 0.1} if (program or _LEVELS[level][0]) == "tblite" else {}
     return (
         Rung(
@@ -263,7 +266,7 @@ def ladder(level: str, program: str | None = None) -> tuple[Rung, ...]:
             "ScfError",
             calculator={"electronic_temperature": 1000.0},
         ),
-        shorter_steps,
+        *of_relaxations,
     )
 
 

@@ -5,6 +5,7 @@ KernelError
 ├── EmbedError          no three-dimensional geometry was found
 ├── ConvergenceError    an iteration ended without converging
 │   ├── ScfError        the electrons of one geometry
+│   ├── HessianError    the cheaper surface whose Hessian was to start a relaxation
 │   └── StepCapError    the steps of a relaxation
 ├── NotFiniteError      a NaN or an infinity appeared
 │   └── CollapsedError  atoms sit on top of each other
@@ -50,6 +51,10 @@ class ConvergenceError(KernelError):
 
 class ScfError(ConvergenceError):
     """The self-consistent field of one geometry did not converge."""
+
+
+class HessianError(ConvergenceError):
+    """The surface whose Hessian was to start a relaxation has no answer there."""
 
 
 class StepCapError(ConvergenceError):

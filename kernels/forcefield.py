@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kernels.errors import CollapsedError, ConvergenceError, InputError, NotFiniteError
 from kernels.graph import rdkit_molecule
+from kernels.initial_hessian import central_differences
 from kernels.units import KCAL_TO_EV
 
 if TYPE_CHECKING:
@@ -121,17 +122,10 @@ class Surface:
 
         Raises NotFiniteError where atoms coincide.
         """
-        size = positions.size
-        rows = np.empty((size, size))
-        for i in range(size):
-            moved = positions.copy()
-            moved.flat[i] += self._DISPLACEMENT
-            forward = self.gradient(moved)
-            moved.flat[i] -= 2 * self._DISPLACEMENT
-            rows[i] = (forward - self.gradient(moved)).ravel() / (2 * self._DISPLACEMENT)
-        if not np.isfinite(rows).all():
+        hessian = central_differences(self.gradient, positions, self._DISPLACEMENT)
+        if not np.isfinite(hessian).all():
             raise NotFiniteError(f"{self.name} has no finite curvature there; atoms coincide")
-        return 0.5 * (rows + rows.T)
+        return hessian
 
 
 def compliance(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kernels import initial_hessian
 from kernels.calculators import Rung, evaluate
 from kernels.errors import ConvergenceError, InputError, NotFiniteError, StepCapError
 
@@ -27,15 +28,18 @@ if TYPE_CHECKING:
 VERSION = 1
 
 OptimizerName = Literal["BFGS", "LBFGS", "FIRE", "Sella"]
-HessianName = Literal["unit", "force-field"]
+HessianName = Literal["unit", "force-field", "gfn2"]
+CoordinatesName = Literal["cartesian", "internal"]
 Arrays = dict[str, NDArray[Any]]
+
+# What the tables call the Hessians that are not ASE's.
+_HESSIANS = {"force-field": "force field's Hessian", "gfn2": "GFN2-xTB's Hessian"}
+
+# Optimizers that keep a whole Hessian.
+HESSIAN_OPTIMIZERS = ("BFGS", "Sella")
 
 # Curvature of the first guess of the Hessian, eV/Å²; also LBFGS's diagonal.
 _CURVATURE = 70.0
-
-# Curvatures in eV/Å² that a force field's Hessian is held between: its softest motions are the
-# least reliable, and steps along them the longest.
-_SOFTEST, _STIFFEST = 1.0, 200.0
 
 _LBFGS_MEMORY = 100
 
@@ -51,8 +55,10 @@ _FIRE_MIXING, _FIRE_MIXING_DECAY = 0.1, 0.99
 class RelaxSettings:
     """What determines a relaxation: `fmax` in eV/Å, `max_step_length` in Å.
 
-    `initial_hessian` is where BFGS starts from: "unit", the same curvature in all directions as in
-    ASE, or "force-field", which `init` then asks for.
+    `initial_hessian` is where the optimizer starts from: "unit", its own guess (of BFGS the same
+    curvature in all directions, as in ASE), "force-field" or "gfn2". `coordinates` "internal" are
+    Sella's. While `coarse_until` (eV/Å, 0: never) is below the largest force, frames are those of
+    the calculator that `relax` is given as `coarse`.
     """
 
     optimizer: OptimizerName = "BFGS"
@@ -61,6 +67,8 @@ class RelaxSettings:
     max_step_length: float = 0.2
     save_forces: bool = False
     initial_hessian: HessianName = "unit"
+    coordinates: CoordinatesName = "cartesian"
+    coarse_until: float = 0.0
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(OptimizerName):
@@ -75,10 +83,23 @@ class RelaxSettings:
                 f"initial_hessian {self.initial_hessian!r} is unknown; choose from "
                 f"{', '.join(get_args(HessianName))}"
             )
-        if self.initial_hessian != "unit" and self.optimizer != "BFGS":
+        if self.initial_hessian != "unit" and self.optimizer not in HESSIAN_OPTIMIZERS:
             raise InputError(
-                f"initial_hessian {self.initial_hessian!r} needs optimizer BFGS, not "
-                f"{self.optimizer}, which keeps no Hessian of that kind"
+                f"initial_hessian {self.initial_hessian!r} needs optimizer "
+                f"{' or '.join(HESSIAN_OPTIMIZERS)}, not {self.optimizer}, which keeps no Hessian"
+            )
+        if self.coordinates not in get_args(CoordinatesName):
+            raise InputError(
+                f"coordinates {self.coordinates!r} are unknown; choose from "
+                f"{', '.join(get_args(CoordinatesName))}"
+            )
+        if self.coordinates != "cartesian" and self.optimizer != "Sella":
+            raise InputError(
+                f"coordinates {self.coordinates!r} need optimizer Sella, not {self.optimizer}"
+            )
+        if not (math.isfinite(self.coarse_until) and self.coarse_until >= 0):
+            raise InputError(
+                f"coarse_until {self.coarse_until} eV/Å is impossible; give a force, or 0 for never"
             )
         if self.max_steps < 0:
             raise InputError(f"max_steps {self.max_steps} is negative; give 0 or more")
@@ -87,13 +108,24 @@ class RelaxSettings:
                 f"max_step_length {self.max_step_length} Å is impossible; give 0 < length <= 1"
             )
 
+    @property
+    def variant(self) -> str:
+        """What differs from the optimizer as ASE has it, each part after a comma, for tables."""
+        parts = [
+            "internal coordinates" if self.coordinates == "internal" else "",
+            _HESSIANS.get(self.initial_hessian, ""),
+            f"coarse grid to {self.coarse_until:g} eV/Å" if self.coarse_until else "",
+        ]
+        return "".join(f", {part}" for part in parts if part)
+
 
 @dataclass(slots=True, eq=False)
 class RelaxState:
     """A relaxation under way; `step` advances it in place.
 
     `numbers` (N,), `positions` (N, 3) in Å and `forces` (N, 3) in eV/Å are the last frame's;
-    `memory` is the optimiser's (Hessian, velocities, ...). Frame 0 is the starting geometry.
+    `memory` is the optimiser's (Hessian, velocities, ...). Frame 0 is the starting geometry. The
+    first `n_coarse` frames are the coarse calculator's, whose energies compare with each other.
     """
 
     numbers: NDArray[np.uint8]
@@ -112,6 +144,12 @@ class RelaxState:
     _calculator: Calculator | None = field(default=None, repr=False)
     _calculator_clock: int = field(default=0, repr=False)
     _sella: Any = field(default=None, repr=False)
+    n_coarse: int = 0
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the last frame is the coarse calculator's."""
+        return self.n_coarse == len(self._energies)
 
     @property
     def steps(self) -> int:
@@ -154,6 +192,7 @@ class RelaxState:
             # As bytes: not every file format knows NumPy's strings.
             "optimizer": np.frombuffer(self.optimizer.encode(), dtype=np.uint8),
             "n_evaluations": np.array(self.n_evaluations, dtype=np.int64),
+            "n_coarse": np.array(self.n_coarse, dtype=np.int64),
             "energies": self.energies,
             "fmax": self.fmax,
             "frames": self.frames,
@@ -188,6 +227,8 @@ class RelaxState:
                 if frame_forces is None
                 else list(np.array(frame_forces, dtype=np.float64)),
                 _scf=_below("scf/", arrays),
+                # States saved before there was a choice have none.
+                n_coarse=int(arrays.get("n_coarse", 0)),
             )
         except KeyError as error:
             raise InputError(
@@ -212,11 +253,15 @@ def init(
     settings: RelaxSettings,
     *,
     smiles: str = "",
+    charge: int = 0,
+    multiplicity: int = 1,
+    coarse: bool = False,
 ) -> RelaxState:
     """Evaluate the starting geometry: numbers (N,), positions (N, 3) in Å.
 
-    `smiles`, in whose canonical order the atoms are, is needed for a force field's Hessian alone.
-    Raises NotFiniteError, CollapsedError, ScfError, or InputError.
+    `smiles`, in whose canonical order the atoms are, is needed for a force field's Hessian alone,
+    `charge` and `multiplicity` for GFN2-xTB's; `coarse` says that the calculator is the coarse one.
+    Raises NotFiniteError, CollapsedError, ScfError, HessianError, or InputError.
     """
     z = np.array(numbers, dtype=np.uint8)
     xyz = np.array(positions, dtype=np.float64, order="C")
@@ -224,41 +269,27 @@ def init(
     if reset is not None:
         # What this calculator did before must not reach the result.
         reset()
+    memory = {}
+    if settings.initial_hessian == "force-field":
+        memory["hessian"] = initial_hessian.force_field(smiles, xyz)
+    elif settings.initial_hessian == "gfn2":
+        memory["hessian"] = initial_hessian.gfn2(z, xyz, charge=charge, multiplicity=multiplicity)
     energy, forces = evaluate(calculator, z, xyz)
     state = RelaxState(
         numbers=z,
         positions=xyz,
         forces=forces,
         optimizer=settings.optimizer,
-        memory={},
+        memory=memory,
         n_evaluations=1,
         _energies=[],
         _fmax=[],
         _frames=[],
         _frame_forces=[] if settings.save_forces else None,
     )
-    if settings.initial_hessian == "force-field":
-        state.memory = {"hessian": _force_field_hessian(smiles, xyz)}
     _record(state, xyz, energy, forces, calculator)
+    state.n_coarse = int(coarse)
     return state
-
-
-def _force_field_hessian(smiles: str, positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Hessian (3N, 3N) in eV/Å² of MMFF94 or UFF at positions (N, 3), made safe to step with.
-
-    Raises InputError where there are no bonds or no parameters, NotFiniteError.
-    """
-    from kernels.forcefield import Surface
-
-    if not smiles:
-        raise InputError(
-            "initial_hessian 'force-field' needs the bonds, and no SMILES is known for this "
-            "molecule; choose unit"
-        )
-    curvature, modes = np.linalg.eigh(Surface(smiles, positions).hessian(positions))
-    bounded = np.clip(np.abs(curvature), _SOFTEST, _STIFFEST)
-    hessian: NDArray[np.float64] = (modes * bounded) @ modes.T
-    return hessian
 
 
 def step(state: RelaxState, calculator: Calculator, settings: RelaxSettings) -> RelaxState:
@@ -277,7 +308,7 @@ def step(state: RelaxState, calculator: Calculator, settings: RelaxSettings) -> 
         if load is not None:
             load(state._scf_start())
     if settings.optimizer == "Sella":
-        return _sella_step(state, calculator)
+        return _sella_step(state, calculator, settings)
     displacement, memory = _RULES[settings.optimizer](state, settings.max_step_length)
     positions = state.positions + displacement
     energy, forces = evaluate(calculator, state.numbers, positions)
@@ -288,8 +319,11 @@ def step(state: RelaxState, calculator: Calculator, settings: RelaxSettings) -> 
 
 
 def is_converged(state: RelaxState, settings: RelaxSettings) -> bool:
-    """Tell whether the largest force of the last frame is below `settings.fmax`."""
-    return state._fmax[-1] < settings.fmax
+    """Tell whether the largest force of the last frame is below `settings.fmax`.
+
+    Not on the coarse calculator, whatever its forces.
+    """
+    return state._fmax[-1] < settings.fmax and not state.is_coarse
 
 
 def relax(
@@ -301,15 +335,29 @@ def relax(
     state: RelaxState | None = None,
     on_step: Callable[[RelaxState], bool] | None = None,
     smiles: str = "",
+    charge: int = 0,
+    multiplicity: int = 1,
+    coarse: Calculator | None = None,
 ) -> RelaxState:
     """Relax numbers (N,) from positions (N, 3) in Å, or go on from a saved `state`.
 
+    With a calculator `coarse` the first frames are its, down to `settings.coarse_until`. The step
+    from there ends on `calculator`, with the same Hessian and the density to start from.
     `on_step` sees the state after every evaluation, the first included; when it returns False
     the unfinished state is returned, to be saved. Raises StepCapError after
     `settings.max_steps`, and what `step` raises.
     """
     if state is None:
-        state = init(numbers, positions, calculator, settings, smiles=smiles)
+        state = init(
+            numbers,
+            positions,
+            coarse or calculator,
+            settings,
+            smiles=smiles,
+            charge=charge,
+            multiplicity=multiplicity,
+            coarse=coarse is not None,
+        )
         if on_step is not None and not on_step(state):
             return state
     while not is_converged(state, settings):
@@ -318,7 +366,11 @@ def relax(
                 f"largest force {state._fmax[-1]:.4f} eV/Å after {state.steps} steps of "
                 f"{settings.optimizer}, limit {settings.fmax:g}; raise max_steps or fmax"
             )
-        step(state, calculator, settings)
+        if coarse is not None and state.is_coarse and state._fmax[-1] >= settings.coarse_until:
+            step(state, coarse, settings)
+            state.n_coarse += 1
+        else:
+            step(state, calculator, settings)
         if on_step is not None and not on_step(state):
             break
     return state
@@ -335,10 +387,13 @@ def relax_with_ladder(
     tried: tuple[str, ...] = (),
     on_step: Callable[[RelaxState, tuple[str, ...]], bool] | None = None,
     smiles: str = "",
+    charge: int = 0,
+    multiplicity: int = 1,
 ) -> tuple[RelaxState, tuple[str, ...]]:
     """Relax, and on a ConvergenceError start again with the next rung that can help.
 
-    `make(**changes)` builds a calculator with the changed settings. `state` and `tried` take up
+    `make(**changes)` builds a calculator with the changed settings; with `settings.coarse_until`
+    one on grid "coarse" too, unless a rung has changed the grid. `state` and `tried` take up
     a relaxation that was stopped on the rung `tried` ends with; `on_step` is given both, since
     both must be saved. Returns the state and the names of the rungs taken. When none is left the
     last ConvergenceError is raised with them in `.history`.
@@ -351,6 +406,7 @@ def relax_with_ladder(
         settings = _climb(by_name[name], changes, settings)
     while True:
         watch = None if on_step is None else partial(_watch, on_step, tried)
+        rough = settings.coarse_until > 0 and "grid" not in changes
         try:
             done = relax(
                 numbers,
@@ -360,6 +416,9 @@ def relax_with_ladder(
                 state=state,
                 on_step=watch,
                 smiles=smiles,
+                charge=charge,
+                multiplicity=multiplicity,
+                coarse=make(**changes, grid="coarse") if rough else None,
             )
             return done, tried
         except ConvergenceError as error:
@@ -521,14 +580,16 @@ def _shortened(displacement: NDArray[np.float64], longest: float) -> NDArray[np.
     return displacement * (longest / length) if length >= longest else displacement
 
 
-def _sella_step(state: RelaxState, calculator: Calculator) -> RelaxState:
+def _sella_step(state: RelaxState, calculator: Calculator, settings: RelaxSettings) -> RelaxState:
     """Let Sella (Hermes et al., J. Chem. Theory Comput. 2022, 18, 6974) take one step.
 
     Sella limits its steps by its own trust radius. Its state is richer than what it lets one
     save: a resumed run keeps the Hessian and the radius, and may differ in the last digits.
     """
     if state._sella is None or state._calculator is not calculator:
-        state._sella = _new_sella(state, calculator)
+        if state._sella is not None:
+            state.memory = _sella_memory(state._sella)
+        state._sella = _new_sella(state, calculator, settings)
     atoms = state._sella.atoms
     before = atoms.calc.count
     state._sella.step()
@@ -539,7 +600,7 @@ def _sella_step(state: RelaxState, calculator: Calculator) -> RelaxState:
     return state
 
 
-def _new_sella(state: RelaxState, calculator: Calculator) -> Any:
+def _new_sella(state: RelaxState, calculator: Calculator, settings: RelaxSettings) -> Any:
     from ase import Atoms
 
     try:
@@ -554,12 +615,29 @@ def _new_sella(state: RelaxState, calculator: Calculator) -> Any:
 
     atoms = Atoms(numbers=state.numbers, positions=state.positions)
     atoms.calc = Checked(calculator)
+    # The last frame is known: Sella need not compute it again.
+    atoms.calc.atoms = atoms.copy()  # type: ignore[no-untyped-call]
+    atoms.calc.results = {"energy": state.energy, "forces": state.forces}
+    hessian: Any = state.memory.get("hessian")
+    internal = settings.coordinates == "internal"
     # Sella's default is a search for a saddle point.
-    optimizer: Any = Sella(atoms, order=0, logfile=None)  # type: ignore[arg-type]
-    if state.memory:
-        if "hessian" in state.memory:
-            optimizer.pes.set_H(state.memory["hessian"].copy(), initialized=True)
+    optimizer: Any = Sella(
+        atoms,
+        order=0,
+        internal=internal,
+        logfile=None,  # type: ignore[arg-type]
+        hessian_function=lambda _: hessian,
+    )
+    if "delta" in state.memory:
         optimizer.delta = float(state.memory["delta"])
+    if hessian is None:
+        return optimizer
+    if internal and "delta" not in state.memory:
+        # Still the initial one, of cartesian coordinates.
+        optimizer.pes.calculate_hessian()
+    elif len(hessian) == optimizer.pes.dim:
+        # Else the coordinates are others than before the interruption, and Sella's guess stays.
+        optimizer.pes.set_H(hessian.copy(), initialized=True)
     return optimizer
 
 

@@ -224,14 +224,10 @@ def calculator_maker(
     return make
 
 
-# What the tables call an optimizer that started from another Hessian than ASE's.
-_HESSIANS = {"unit": "", "force-field": ", force field's Hessian"}
-
-
 def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:
     from kernels.calculators import ladder, program_version
     from kernels.connectivity import changes
-    from kernels.relaxation import RelaxSettings, RelaxState, relax_with_ladder
+    from kernels.relaxation import RelaxSettings, RelaxState, is_converged, relax_with_ladder
 
     assert payload.numbers is not None
     assert payload.positions is not None
@@ -244,6 +240,8 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         max_step_length=wanted["max_step_length"],
         save_forces=wanted["save_forces"],
         initial_hessian=wanted.get("initial_hessian", "unit"),
+        coordinates=wanted.get("coordinates", "cartesian"),
+        coarse_until=wanted.get("coarse_until", 0.0),
     )
     path = Path(payload.checkpoint)
     state, tried = _load(path)
@@ -255,7 +253,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
     def on_step(now: RelaxState, rungs: tuple[str, ...]) -> bool:
         nonlocal saved, kept, finished
         # A state that has just converged is a result; nothing is gained by saving it.
-        finished = not stop() or now.fmax[-1] < settings.fmax
+        finished = not stop() or is_converged(now, settings)
         if not finished or time.monotonic() - saved > stage.checkpoint_every:
             save(path, {**now.to_arrays(), "ladder": np.array(rungs, dtype=np.str_)})
             saved = time.monotonic()
@@ -272,6 +270,8 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         tried=tried,
         on_step=on_step,
         smiles=payload.smiles,
+        charge=payload.charge,
+        multiplicity=payload.multiplicity,
     )
     if not finished:
         return {"status": "open", "message": "", "ladder": tried}
@@ -286,7 +286,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         "relaxations": {
             "level": level,
             "program": label,
-            "optimizer": wanted["optimizer"] + _HESSIANS[settings.initial_hessian],
+            "optimizer": wanted["optimizer"] + settings.variant,
             "n_atoms": len(payload.numbers),
             "n_steps": relaxed.steps,
             "n_evaluations": relaxed.n_evaluations,

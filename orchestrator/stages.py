@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from kernels import calculators
 from kernels.diffusion import GENERATION_VERSION, PROCESS_VERSION, model_files
 from kernels.errors import KernelError
+from kernels.relaxation import HESSIAN_OPTIMIZERS, RelaxSettings
 from orchestrator.errors import CampaignError
 from orchestrator.quantities import Bytes, Force, Length, Seconds, Temperature
 from orchestrator.toml_file import NAME_PATTERN, Table, choose, default, show
@@ -298,21 +299,64 @@ class RelaxStage(LevelStage):
     max_step_length: Length = Field(
         default=0.2, gt=0, le=1.0, description="Longest move of an atom in one optimizer step"
     )
-    initial_hessian: Literal["unit", "force-field"] = Field(
+    initial_hessian: Literal["unit", "force-field", "gfn2"] = Field(
         default="unit",
-        description="Where BFGS starts from: unit, as ASE and the published protocol, or the "
-        "force field's Hessian, which needs far fewer steps",
+        json_schema_extra=default("unit; gfn2 for DFT"),
+        description="Where BFGS or Sella starts from: unit, as ASE and the published protocol, or "
+        "the Hessian of the force field or of GFN2-xTB, which need far fewer steps",
     )
+    coordinates: Literal["cartesian", "internal"] = Field(
+        default="cartesian",
+        description="Coordinates of Sella's steps; internal ones suit flexible molecules",
+    )
+    coarse_until: Force = Field(
+        default=0.0,
+        ge=0,
+        le=10.0,
+        description="DFT: the grid is coarse until no atom feels a larger force, and then fine; "
+        "0 for fine from the start",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dft_starts_from_gfn2(cls, written: Any) -> Any:
+        if (
+            isinstance(written, dict)
+            and written.get("level") == calculators.DFT
+            and written.get("optimizer", "BFGS") in HESSIAN_OPTIMIZERS
+        ):
+            return {"initial_hessian": "gfn2", **written}
+        return written
 
     @field_validator("initial_hessian")
     @classmethod
-    def _needs_bfgs(cls, hessian: str, info: ValidationInfo) -> str:
+    def _needs_a_hessian(cls, hessian: str, info: ValidationInfo) -> str:
         optimizer = info.data.get("optimizer", "BFGS")
-        if hessian != "unit" and optimizer != "BFGS":
+        if hessian != "unit" and optimizer not in HESSIAN_OPTIMIZERS:
             raise ValueError(
-                f'needs optimizer = "BFGS"; {optimizer} keeps no Hessian that could be given'
+                f'needs optimizer = "BFGS" or "Sella"; {optimizer} keeps no Hessian that could '
+                "be given"
             )
         return hessian
+
+    @field_validator("coordinates")
+    @classmethod
+    def _needs_sella(cls, coordinates: str, info: ValidationInfo) -> str:
+        optimizer = info.data.get("optimizer", "BFGS")
+        if coordinates != "cartesian" and optimizer != "Sella":
+            raise ValueError(f'needs optimizer = "Sella"; {optimizer} has cartesian ones only')
+        return coordinates
+
+    @field_validator("coarse_until")
+    @classmethod
+    def _has_a_finer_grid(cls, force: float, info: ValidationInfo) -> float:
+        level, grid = info.data.get("level", calculators.DFT), info.data.get("grid", "fine")
+        if force and (level != calculators.DFT or grid != "fine"):
+            raise ValueError(
+                f'belongs to level = "{calculators.DFT}" with grid = "fine", not to {level} with '
+                f'grid = "{grid}"; leave it out'
+            )
+        return force
 
     def settings(self) -> dict[str, Setting]:
         """What determines the relaxed geometry and the frames kept, with every default filled in.
@@ -329,6 +373,10 @@ class RelaxStage(LevelStage):
         if self.initial_hessian != "unit":
             # Left out otherwise, so that results from before there was a choice keep their keys.
             settings["initial_hessian"] = self.initial_hessian
+        if self.coordinates != "cartesian":
+            settings["coordinates"] = self.coordinates
+        if self.coarse_until:
+            settings["coarse_until"] = float(self.coarse_until)
         return settings
 
     def programs(self) -> dict[str, str]:
@@ -336,6 +384,8 @@ class RelaxStage(LevelStage):
         versions = super().programs()
         if self.initial_hessian == "force-field":
             versions["rdkit"] = installed_version("rdkit", self.name)
+        if self.initial_hessian == "gfn2":
+            versions["tblite"] = installed_version("tblite", self.name)
         if self.optimizer == "Sella":
             versions["sella"] = installed_version("sella", self.name)
         return versions
@@ -349,8 +399,13 @@ class RelaxStage(LevelStage):
 
     def words(self) -> str:
         """Level, program, optimizer and where it ends."""
-        hessian = ", force field's Hessian" if self.initial_hessian != "unit" else ""
-        return f"{self.level}/{self.program}, {self.optimizer} to {self.fmax:g} eV/Å{hessian}"
+        variant = RelaxSettings(
+            optimizer=self.optimizer,
+            initial_hessian=self.initial_hessian,
+            coordinates=self.coordinates,
+            coarse_until=self.coarse_until,
+        ).variant
+        return f"{self.level}/{self.program}, {self.optimizer} to {self.fmax:g} eV/Å{variant}"
 
 
 class ModelStage(StageBase):

@@ -1,4 +1,4 @@
-"""Relaxation from a force field's Hessian: the same minimum in fewer steps, and resumable."""
+"""Relaxation from a cheaper surface's Hessian: the same minimum in fewer steps, and resumable."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernels.calculators import make_calculator
+from kernels.calculators import ladder, make_calculator
 from kernels.embedding import embed
-from kernels.errors import InputError
+from kernels.errors import HessianError, InputError
 from kernels.forcefield import Surface, compliance, minimise
 from kernels.graph import rdkit_molecule
-from kernels.relaxation import RelaxSettings, RelaxState, init, relax, step
+from kernels.initial_hessian import gfn2
+from kernels.relaxation import RelaxSettings, RelaxState, init, relax, relax_with_ladder, step
 
 MOLECULES = ("CC(=O)OC", "C1CC1C=O", "NCCO", "c1ccoc1")
 
@@ -27,19 +28,21 @@ def _start(smiles: str) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize("smiles", MOLECULES)
-def test_same_minimum_in_fewer_steps(smiles: str) -> None:
+@pytest.mark.parametrize("hessian", ["force-field", "gfn2"])
+def test_same_minimum_in_fewer_steps(smiles: str, hessian: Any) -> None:
     numbers, start, calculator = _start(smiles)
     plain = relax(numbers, start, calculator, RelaxSettings(fmax=0.005))
-    settings = RelaxSettings(fmax=0.005, initial_hessian="force-field")
+    settings = RelaxSettings(fmax=0.005, initial_hessian=hessian)
     guided = relax(numbers, start, calculator, settings, smiles=smiles)
     assert guided.steps < 0.7 * plain.steps
     assert guided.energy == pytest.approx(plain.energy, abs=2e-4)
 
 
-def test_resumed_relaxation_is_bit_equal() -> None:
+@pytest.mark.parametrize("hessian", ["force-field", "gfn2"])
+def test_resumed_relaxation_is_bit_equal(hessian: Any) -> None:
     smiles = "CC(=O)OC"
     numbers, start, calculator = _start(smiles)
-    settings = RelaxSettings(initial_hessian="force-field")
+    settings = RelaxSettings(initial_hessian=hessian)
     whole = relax(numbers, start, calculator, settings, smiles=smiles)
     for stop in range(2):
         state = init(numbers, start, calculator, settings, smiles=smiles)
@@ -54,11 +57,49 @@ def test_resumed_relaxation_is_bit_equal() -> None:
 
 
 def test_other_optimizers_and_unknown_bonds_are_refused() -> None:
-    with pytest.raises(InputError, match="needs optimizer BFGS, not FIRE"):
+    with pytest.raises(InputError, match="needs optimizer BFGS or Sella, not FIRE"):
         RelaxSettings(optimizer="FIRE", initial_hessian="force-field")
     numbers, start, calculator = _start("NCCO")
     with pytest.raises(InputError, match="no SMILES is known"):
         init(numbers, start, calculator, RelaxSettings(initial_hessian="force-field"))
+
+
+def test_gfn2_hessian_is_safe_to_step_with_anywhere() -> None:
+    numbers, start, _ = _start("NCCO")
+    torn = start + np.random.default_rng(0).normal(scale=0.1, size=start.shape)
+    curvature = np.linalg.eigvalsh(gfn2(numbers, torn))
+    assert curvature[0] >= 1 - 1e-9
+    assert curvature[-1] <= 200 + 1e-9
+
+
+def test_gfn2_hessian_is_that_of_the_ion() -> None:
+    ion = np.array([7, 1, 1, 1, 1], dtype=np.uint8)
+    tetrahedron = np.array([[0, 0, 0], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    positions = tetrahedron * 1.03 / np.sqrt(3)
+    hessian = gfn2(ion, positions, charge=1)
+    pull = np.zeros(15)
+    pull[3:6] = tetrahedron[1] / np.sqrt(3)
+    # NH4+: the stretch is some 6 mdyn/Å, 1 mdyn/Å being 6.24 eV/Å².
+    assert 30 < pull @ hessian @ pull < 45
+    with pytest.raises(HessianError, match=r"initial_hessian 'gfn2' fails .*choose unit"):
+        gfn2(ion, positions, charge=0)
+
+
+def test_without_a_hessian_to_start_from_the_ladder_takes_the_unit_one() -> None:
+    # MMFF94 needs no spin: GFN2-xTB refuses what it can relax.
+    numbers, start, _ = _start("C")
+    settings = RelaxSettings(initial_hessian="gfn2", fmax=0.001)
+    moved = start + np.random.default_rng(0).normal(scale=0.1, size=start.shape)
+
+    def make(**changes: Any) -> Any:
+        return make_calculator("MMFF94", smiles="C", **changes)
+
+    done, tried = relax_with_ladder(
+        numbers, moved, make, settings, ladder("MMFF94"), multiplicity=2
+    )
+    assert tried == ("unit initial Hessian",)
+    plain = relax(numbers, moved, make(), RelaxSettings(fmax=0.001))
+    np.testing.assert_array_equal(done.frames, plain.frames)
 
 
 def test_hessian_is_that_of_the_energy() -> None:

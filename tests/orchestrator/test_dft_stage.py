@@ -50,11 +50,54 @@ def test_dft_has_its_own_settings_and_limits(tmp_path: Path, level: str) -> None
     assert relax(tmp_path, "", "GFN2-xTB").time_limit == 600.0
 
 
+def test_dft_relaxations_start_from_gfn2_unless_something_else_is_said(tmp_path: Path) -> None:
+    plain = relax(tmp_path, "")
+    assert plain.settings()["initial_hessian"] == "gfn2"
+    assert set(plain.programs()) == {"pyscf", "tblite"}
+    assert "initial_hessian" not in relax(tmp_path, "", "GFN2-xTB").settings()
+    assert "initial_hessian" not in relax(tmp_path, 'optimizer = "FIRE"\n').settings()
+    for job in ("qm9_dft_speedup.toml", "qm9_dft_small.toml"):
+        relaxations = [
+            stage
+            for stage in load_campaign(Path(__file__).parents[2] / "jobs" / job).stages
+            if isinstance(stage, RelaxStage)
+        ]
+        # The published protocol.
+        assert {stage.words() for stage in relaxations} == {f"{DFT}/pyscf, BFGS to 0.03 eV/Å"}
+        assert not any("initial_hessian" in stage.settings() for stage in relaxations)
+
+
+def test_what_saves_gradients_enters_the_key_and_the_words(tmp_path: Path) -> None:
+    stage = relax(
+        tmp_path, 'optimizer = "Sella"\ncoordinates = "internal"\ncoarse_until = "100 meV/Å"\n'
+    )
+    told = {k: stage.settings()[k] for k in ("coordinates", "initial_hessian", "coarse_until")}
+    assert told == {"coordinates": "internal", "initial_hessian": "gfn2", "coarse_until": 0.1}
+    assert stage.words() == (
+        f"{DFT}/pyscf, Sella to 0.03 eV/Å, internal coordinates, GFN2-xTB's Hessian, coarse grid "
+        "to 0.1 eV/Å"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ('grid = "coarse"\ncoarse_until = 0.1\n', "coarse_until"),
+        ('coordinates = "internal"\n', 'needs optimizer = "Sella"'),
+        ('optimizer = "FIRE"\ninitial_hessian = "gfn2"\n', 'needs optimizer = "BFGS" or "Sella"'),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, fields: str, says: str) -> None:
+    with pytest.raises(CampaignError, match=says):
+        relax(tmp_path, fields)
+
+
 @pytest.mark.parametrize(
     ("level", "field"),
     [
         ("GFN2-xTB", "density_fitting = false"),
         ("GFN2-xTB", 'grid = "coarse"'),
+        ("GFN2-xTB", "coarse_until = 0.1"),
         (DFT, 'electronic_temperature = "1000 K"'),
         (DFT_DEF2, 'electronic_temperature = "1000 K"'),
     ],
