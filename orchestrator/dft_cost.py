@@ -1,0 +1,52 @@
+"""What DFT takes, by the number of basis functions: seconds and bytes, before anything has run.
+
+Measured for B3LYP/6-31G(2df,p) with density fitting on one busy core; see BENCHMARKS.md.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Final
+
+from kernels import basis
+
+# One energy with forces takes so many seconds of CPU at 108 functions; how that grows.
+GRADIENT_S: Final = 6.2
+GRADIENT_POWER: Final = 2.3
+# Bytes resident at the peak of a gradient: Python with its libraries, and for each function.
+_MEMORY: Final = {"pyscf": (70e6, 9.2e6), "psi4": (150e6, 9.2e6)}
+# An atom in brackets, or one of those that need none; hydrogens by themselves are told apart.
+_ATOM: Final = re.compile(r"\[[^\]]*\]|Cl|Br|[BCNOPSFIbcnops]")
+_HYDROGEN: Final = re.compile(r"\[\d*H[H\d+-]*\]")
+# Of QM9's atoms, where a molecule is still to be made.
+_HEAVY_SHARE: Final = 0.49
+
+
+@lru_cache(maxsize=1)
+def _functions() -> tuple[int, int]:
+    """Return the basis functions of hydrogen, and of a heavier atom, which all have as many."""
+    return basis.n_functions([1]), basis.n_functions([6])
+
+
+def n_functions(smiles: str, n_atoms: int) -> int:
+    """Return the basis functions of a molecule; of its composition's average without SMILES.
+
+    An element that the basis lacks, whose molecule will fail, counts as one that it has.
+    """
+    heavy = round(_HEAVY_SHARE * n_atoms)
+    if smiles:
+        heavy = sum(not _HYDROGEN.match(atom) for atom in _ATOM.findall(smiles))
+    light, heavier = _functions()
+    return heavier * heavy + light * max(0, n_atoms - heavy)
+
+
+def gradient_s(functions: int) -> float:
+    """Return the CPU seconds of one energy with forces."""
+    return float(GRADIENT_S * (functions / 108) ** GRADIENT_POWER)
+
+
+def memory(functions: int, program: str) -> int:
+    """Return the bytes that a worker takes at its peak, those of the program beside it included."""
+    fixed, each = _MEMORY.get(program, _MEMORY["pyscf"])
+    return int(fixed + each * functions)
