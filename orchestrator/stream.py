@@ -43,10 +43,6 @@ _COST = {
 }
 
 
-# Gradients of one item at B3LYP/6-31G(2df,p), whose cost follows the number of basis functions.
-_DFT_GRADIENTS = {"relax": 25}
-
-
 def _own(stage: int, item: Item) -> int:
     """Return the stage of an item from a bundle of ``stage``, which may hold those of others."""
     return item.stage if item.stage >= 0 else stage
@@ -61,16 +57,14 @@ class Estimate:
 
     def __init__(self, kernel: str, frames: int = 1, level: str = "") -> None:
         self.dft = level == DFT
-        usual = self.size(_USUAL_ATOMS)
-        if self.dft:
-            power = dft_cost.GRADIENT_POWER
-            guess = dft_cost.gradient_s(usual) * _DFT_GRADIENTS.get(kernel, 1)
-        else:
+        power, rate = dft_cost.item_s(kernel)
+        if not self.dft:
             power, guess = _COST.get(kernel, (2.0, 1.0))
-        self._power: float = power
+            rate = guess / _USUAL_ATOMS**power
+        self._power = power
         self._seconds = 0.0
         self._weight = 0.0
-        self.rate = float(guess * frames / usual**power)
+        self.rate = rate * frames
         self.items = 0
 
     def size(self, n_atoms: int, smiles: str = "") -> int:
