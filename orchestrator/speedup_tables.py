@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 def number(value: float, digits: int = 1) -> str:
     """Return a number; `-` where there is none."""
-    return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
+    return f"{value:z,.{digits}f}" if np.isfinite(value) else "-"
 
 
 def percent(value: float) -> str:
     """Return a share in per cent, without decimals."""
-    return f"{100 * value:.0f} %" if np.isfinite(value) else "-"
+    return f"{100 * value:z.0f} %" if np.isfinite(value) else "-"
 
 
 def interval(found: Estimate, form: Callable[[float], str]) -> str:
