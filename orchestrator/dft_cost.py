@@ -1,6 +1,6 @@
 """What DFT takes, by the number of basis functions: seconds and bytes, before anything has run.
 
-Measured for B3LYP/6-31G(2df,p) with density fitting on one busy core; see BENCHMARKS.md.
+Measured for B3LYP/6-31G(2df,p) with density fitting on a busy machine; see BENCHMARKS.md.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Final
 
 from kernels import basis
 
-# One energy with forces takes so many seconds of CPU at 108 functions; how that grows.
+# A gradient of a relaxation takes so many seconds of CPU at 108 functions; how that grows.
 _FUNCTIONS: Final = 108
-_GRADIENT_S: Final = 6.2
+_GRADIENT_S: Final = 9.0
 _POWER: Final = 2.3
 # Gradients of a relaxation from a force field's minimum for each function: of 61 molecules of QM9's
 # kind at GFN2-xTB, 12 at 140 functions and 26 at 246 on average.
 _RELAXATION: Final = 0.09
 # Bytes resident at the peak of a gradient: Python with its libraries, and for each function.
-_MEMORY: Final = {"pyscf": (70e6, 9.2e6), "psi4": (150e6, 9.2e6)}
+_MEMORY: Final = {"pyscf": (150e6, 5.6e6), "psi4": (60e6, 9.3e6)}
 # An atom in brackets, or one of those that need none; hydrogens by themselves are told apart.
 _ATOM: Final = re.compile(r"\[[^\]]*\]|Cl|Br|[BCNOPSFIbcnops]")
 _HYDROGEN: Final = re.compile(r"\[\d*H[H\d+-]*\]")

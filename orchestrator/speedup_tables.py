@@ -63,8 +63,9 @@ def _steps_table(comparison: Comparison, pick: Callable[[Arm], Summary]) -> Rend
         table.add_row(
             arm.stage,
             _molecules(found),
-            number(found.steps, 0),
-            number(found.baseline_steps, 0),
+            # Medians of whole numbers may lie between two of them.
+            number(found.steps, int(found.steps % 1 != 0)),
+            number(found.baseline_steps, int(found.baseline_steps % 1 != 0)),
             percent(found.reduction.value),
             interval(found.reduction, percent),
             f"{percent(low)} to {percent(high)}",

@@ -41,18 +41,18 @@ def test_a_molecule_that_is_still_to_be_made_has_qm9s_average() -> None:
     assert dft_cost.n_functions("", 18) == pytest.approx(28 * 8.8 + 5 * 9.2, rel=0.02)
 
 
-# Water, ethanol, o-cresol and nine heavy atoms: functions, and MB at the peak of a gradient, of
-# Psi4 with the 150 MB of the process that asks it.
+# Functions, and MB at the peak of a gradient with 2.4 GB to use, of Psi4 together with the process
+# that asks it: BENCHMARKS.md.
 PEAKS = {
-    "pyscf": {36: 272, 108: 1055, 248: 2280, 289: 2715},
-    "psi4": {36: 338, 108: 890, 248: 2414, 289: 2201},
+    "pyscf": {38: 311, 76: 457, 114: 629, 190: 955, 264: 1370},
+    "psi4": {38: 264, 114: 821, 248: 2344, 289: 2131},
 }
 
 
 @pytest.mark.parametrize("program", PEAKS)
 def test_the_memory_is_what_was_measured_and_a_little_more(program: str) -> None:
     for functions, megabytes in PEAKS[program].items():
-        assert 1 <= dft_cost.memory(functions, program) / 1e6 / megabytes < 1.5, functions
+        assert 1 <= dft_cost.memory(functions, program) / 1e6 / megabytes < 1.6, functions
 
 
 def test_cost_follows_basis_functions_not_atoms() -> None:
@@ -77,19 +77,19 @@ def test_a_plan_warns_of_memory_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_campaign(tmp_path, ["CCCCCCCCO"], stages=DFT_STAGES)
-    monkeypatch.setattr(block, "memory", lambda: 8 * 10**9)
+    monkeypatch.setattr(block, "memory", lambda: 5 * 10**9)
     campaign = load_campaign(path)
     assert forecast(campaign, load_site("local", workers=2)).warnings == []
     (warning,) = forecast(campaign, load_site("local", workers=4)).warnings
     assert "stage 'dft'" in warning
-    assert "pool 'cpu', which has 8 GB, 2 can compute" in warning
+    assert "pool 'cpu', which has 5 GB, 2 can compute" in warning
     assert "--workers 2 leaves no core idle" in warning
 
 
 def test_a_plan_warns_of_a_limit_that_is_too_low(tmp_path: Path) -> None:
     path = write_campaign(tmp_path, ["CCCCCCCCO"], stages=DFT_STAGES + 'memory_limit = "1 GB"\n')
     (warning,) = forecast(load_campaign(path), load_site("local", workers=1)).warnings
-    assert "its memory_limit is 1.0 GB: raise it to 4 GB" in warning
+    assert "its memory_limit is 1.0 GB: raise it to 3 GB" in warning
 
 
 def test_a_plan_names_the_field_of_the_site_file(tmp_path: Path) -> None:
