@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import metadata
@@ -29,7 +30,7 @@ DFT_LEVELS: Final[Mapping[str, str]] = MappingProxyType(
 _LEVELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "GFN2-xTB": ("tblite", "xtb-python"),
-        **dict.fromkeys(DFT_LEVELS, ("pyscf", "psi4")),
+        **dict.fromkeys(DFT_LEVELS, ("pyscf", "psi4", "gpu4pyscf")),
         "MMFF94": ("rdkit",),
     }
 )
@@ -41,6 +42,7 @@ _DISTRIBUTIONS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "xtb-python": ("xtb", "pip install 'basin-orchestrator[xtb]'"),
         "rdkit": ("rdkit", "pip install rdkit"),
         "pyscf": ("pyscf", "pip install pyscf"),
+        "gpu4pyscf": ("gpu4pyscf-cuda12x", "pip install gpu4pyscf-cuda12x cutensor-cu12"),
         "sella": ("sella", "pip install 'basin-orchestrator[sella]'"),
     }
 )
@@ -116,10 +118,11 @@ def program_version(program: str) -> str:
 
         return find().version
     distribution, remedy = _DISTRIBUTIONS[_named(program, _DISTRIBUTIONS, "program")]
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError as error:
-        raise InputError(f"program {program!r} is not installed; {remedy}") from error
+    # One distribution for each version of CUDA.
+    for name in dict.fromkeys(distribution.replace("12x", cuda) for cuda in ("12x", "13x", "11x")):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    raise InputError(f"program {program!r} is not installed; {remedy}")
 
 
 def make_calculator(
@@ -226,6 +229,10 @@ def _dft(program: str, settings: DftSettings) -> Calculator:
             from kernels.pyscf_engine import PySCF
 
             return PySCF(settings)
+        if program == "gpu4pyscf":
+            from kernels.gpu4pyscf_engine import GPU4PySCF
+
+            return GPU4PySCF(settings)
         from kernels.psi4_engine import Psi4
 
         return Psi4(settings)

@@ -82,6 +82,8 @@ def _combinations(mol: Any) -> list[NDArray[np.float64]]:
 class PySCF(Engine):
     """B3LYP by PySCF, each SCF started from the orbitals of the last geometry."""
 
+    _cartesian = True
+
     def __init__(self, settings: DftSettings) -> None:
         super().__init__()
         self.settings = settings
@@ -108,7 +110,7 @@ class PySCF(Engine):
             gradient = field.nuc_grad_method()
             # Else forces are off by 0.001 eV/Å, as the grid moves with the atoms; costs nothing.
             gradient.grid_response = True
-            forces = -np.asarray(gradient.kernel())
+            forces = -_host(gradient.kernel())
         return energy, forces * HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM
 
     def energy(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> float:
@@ -153,12 +155,11 @@ class PySCF(Engine):
             ecp={} if qm9 else {int(z): settings.basis for z in set(numbers) if z > _LAST_WITHOUT},
             charge=settings.charge,
             spin=settings.multiplicity - 1,
-            cart=qm9,
+            cart=qm9 and self._cartesian,
             verbose=0,
             max_memory=settings.memory / 1e6,
         )
-        restricted, unrestricted = (_Restricted, _Unrestricted) if qm9 else (dft.RKS, dft.UKS)
-        field: Any = (restricted if settings.multiplicity == 1 else unrestricted)(mol)
+        field = self._method(mol)
         field.xc = _FUNCTIONAL
         if settings.density_fitting:
             field = field.density_fit(auxbasis=_AUXILIARY)
@@ -175,11 +176,17 @@ class PySCF(Engine):
         field.conv_check = False
         return field
 
+    def _method(self, mol: Any) -> Any:
+        """Return the SCF of a molecule, kept to QM9's functions where the basis is QM9's."""
+        qm9 = self.settings.basis == basis.QM9
+        restricted, unrestricted = (_Restricted, _Unrestricted) if qm9 else (dft.RKS, dft.UKS)
+        return (restricted if self.settings.multiplicity == 1 else unrestricted)(mol)
+
     def _density(self, field: Any) -> Any:
         """Density matrix of the last geometry's orbitals, made orthonormal where the atoms are."""
         if not self._orbitals:
             return None
-        overlap = field.get_ovlp()
+        overlap = field.mol.intor_symmetric("int1e_ovlp")
         densities = []
         for orbitals in self._orbitals:
             eigenvalues, vectors = np.linalg.eigh(orbitals.T @ overlap @ orbitals)
@@ -213,8 +220,13 @@ def _failures() -> Iterator[None]:
         raise NotFiniteError(f"pyscf: {error}; the geometry is unphysical") from error
 
 
+def _host(array: Any) -> NDArray[np.float64]:
+    """Return an array that may be a GPU's as one of this machine's memory."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
 def _occupied(field: Any) -> tuple[NDArray[np.float64], ...]:
-    coefficients, occupations = np.asarray(field.mo_coeff), np.asarray(field.mo_occ)
+    coefficients, occupations = _host(field.mo_coeff), _host(field.mo_occ)
     if coefficients.ndim == 2:
         return (coefficients[:, occupations > 0],)
     return tuple(c[:, o > 0] for c, o in zip(coefficients, occupations, strict=True))

@@ -1,4 +1,4 @@
-"""The batch job that this process runs in: on which node, until when, with which devices."""
+"""The batch job that this process runs in: where, until when, with which devices and memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from site_configs.support.pbs_jobs import find_job, parse_jobs, start_s, walltime_s
@@ -32,6 +33,35 @@ _VISIBLE: Final = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 def node_name() -> str:
     """Return the node's name as the scheduler knows it, else the host's without its domain."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+
+
+def memory() -> int:
+    """Return the bytes of memory that processes here may use together: the node's, or the job's."""
+    known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_control_groups()]
+    # In MiB; 0 stands for all of a node's.
+    if (asked := _told("SLURM_MEM_PER_NODE")) is not None and asked > 0:
+        known.append(int(asked * 2**20))
+    return min(known)
+
+
+def _control_groups() -> Iterator[int]:
+    """Yield the limits that control groups set to this process's memory, in either version."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, name = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", kinds)
+        file = "memory.limit_in_bytes" if kinds else "memory.max"
+        group = root / name.lstrip("/")
+        for place in (group, *group.parents):
+            try:
+                yield int((place / file).read_text())
+            except (OSError, ValueError):
+                continue  # none here, or "max"
 
 
 def block_end() -> float | None:

@@ -7,9 +7,11 @@ from a small shared memory, and has all results that were sent before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import mmap
+import os
 import signal
 import struct
 import sys
@@ -63,6 +65,17 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when the thread that started it is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all that descends from it, as far as Linux tells."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{one}/task"):
+                with open(f"/proc/{one}/task/{thread}/children") as file:
+                    found += map(int, file.read().split())
+    return found
 
 
 def _failure(exc: BaseException) -> dict[str, Any]:

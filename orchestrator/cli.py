@@ -249,6 +249,8 @@ def plan(
         console.print(
             f"then {campaign.training_file} is trained on pool {campaign.train.pool}", markup=False
         )
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", markup=False)
     console.print(f"results go to {campaign.store}", markup=False)
     for pool, script in found.batch_scripts.items():
         console.print(f"\nbatch script for pool {pool}:\n{script.rstrip()}", markup=False)

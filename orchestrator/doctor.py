@@ -13,13 +13,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernels.calculators import DFT
+from kernels.calculators import DFT, program_version
 from kernels.errors import InputError
+from orchestrator import block, dft_cost
+from orchestrator.memory import USABLE
 
 if TYPE_CHECKING:
     from orchestrator.sites import Site
 
 _ENGINE_LIMIT_S = 120
+# Basis functions of nonane, C9H20.
+_NINE_HEAVY = 352
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,20 @@ def _psi4() -> Finding:
         broken = PYTHON_VARIABLE in os.environ
         return Finding(what, "broken" if broken else "missing", f"optional: {error}")
     return _tried(what, _DFT_WATER.format("psi4"))
+
+
+_GPU_WATER = (
+    "from kernels.gpu4pyscf_engine import require_gpu\nrequire_gpu()\n" + _DFT_WATER
+).format("gpu4pyscf")
+
+
+def _gpu4pyscf() -> Finding:
+    what = f"gpu4pyscf ({DFT})"
+    try:
+        program_version("gpu4pyscf")
+    except InputError as error:
+        return Finding(what, "missing", f"optional, for GPUs: {error}")
+    return _tried(what, _GPU_WATER)
 
 
 def _sites() -> list[Finding]:
@@ -213,9 +231,19 @@ def _file_system(folder: Path) -> str:
 
 def _machine(folder: Path) -> list[Finding]:
     cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    memory = block.memory()
     disk = shutil.disk_usage(folder)
-    found = [Finding("machine", "ok", f"{cores} cores, {memory:.0f} GB of memory")]
+    found = [Finding("machine", "ok", f"{cores} cores, {memory / 1e9:.0f} GB of memory")]
+    needed = dft_cost.memory(_NINE_HEAVY, "pyscf")
+    room = int(USABLE * memory / needed)
+    found.append(
+        Finding(
+            "memory for DFT",
+            "ok" if room else "broken",
+            f"{room} of the largest molecules of QM9 fit at once, {needed / 1e9:.1f} GB each"
+            + (f"; {cores} cores" if room < cores else ""),
+        )
+    )
     state = "ok" if disk.free > 2e9 else "broken"
     found.append(Finding("disk here", state, f"{disk.free / 1e9:.0f} GB free at {folder}"))
     link = folder / f".basin-doctor-{os.getpid()}"
@@ -261,6 +289,7 @@ def examine(folder: Path, site: str | None = None) -> list[Finding]:
         _engine("xtb-python (GFN2-xTB)", "xtb", "xtb", _WATER.format("xtb-python")),
         _engine(f"PySCF ({DFT})", "pyscf", "", _DFT_WATER.format("pyscf")),
         _psi4(),
+        _gpu4pyscf(),
         _engine("diffusion models", "torch", "", _DIFFUSION),
         _engine("Sella", "sella", "sella", "import sella\nprint('imports')"),
         *_schedulers(),

@@ -95,6 +95,11 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "\u2212")
 
 
+def middle(value: float) -> str:
+    """Return a median of whole numbers, which may lie between two of them."""
+    return number(value, int(value % 1 != 0))
+
+
 def count(n: int) -> str:
     """Return a whole number with thousands separators."""
     return number(n, 0)

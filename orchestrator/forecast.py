@@ -11,18 +11,20 @@ import itertools
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator import ingest
+from kernels.calculators import DFT_LEVELS
+from orchestrator import block, dft_cost, ingest
 from orchestrator.campaign import Campaign
 from orchestrator.columns import Rows, key_array
 from orchestrator.errors import StoreError
 from orchestrator.key_index import KeyIndex
+from orchestrator.memory import USABLE
 from orchestrator.plan import Plan
 from orchestrator.sites import Site, batch_scripts
 from orchestrator.store import Snapshot, Store
@@ -81,7 +83,7 @@ class Forecast:
 
     ``sampled``: entries that were looked at where not all were, 0 where all were; ``margins`` then
     holds the half widths of the 95 % intervals of bad, duplicates, molecules and core_hours.
-    ``workers``: what the site has, by pool.
+    ``workers``: what the site has, by pool. ``warnings``: what will not go as wished, and why.
     """
 
     campaign: str
@@ -101,6 +103,7 @@ class Forecast:
     node_hours: float = 0.0
     sampled: int = 0
     margins: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
@@ -114,30 +117,31 @@ def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
             estimates[stage.index] = estimates[stage.leader]
     if snapshot is None:
         return estimates
-    atoms: dict[bytes, int] = {}
-    for rows in snapshot.parts("molecules", ["key", "n_atoms"]):
+    known: dict[bytes, tuple[int, str]] = {}
+    for rows in snapshot.parts("molecules", ["key", "n_atoms", "smiles"]):
         rows = rows.take(np.arange(min(len(rows), _SAMPLE_ROWS)))
         keys = rows["key"].tobytes()
-        atoms.update(
-            (keys[16 * i : 16 * i + 16], n) for i, n in enumerate(rows["n_atoms"].tolist())
-        )
-        if len(atoms) >= _SAMPLE_ROWS:
+        found = zip(rows["n_atoms"].tolist(), rows["smiles"].strings(), strict=True)
+        known.update((keys[16 * i : 16 * i + 16], molecule) for i, molecule in enumerate(found))
+        if len(known) >= _SAMPLE_ROWS:
             break
     seen = 0
     for rows in snapshot.parts("tasks", ["mol_key", "stage", "kernel", "status", "wall_s"]):
-        _learn(estimates, plan, rows.take(np.arange(min(len(rows), 4 * _SAMPLE_ROWS))), atoms)
+        _learn(estimates, plan, rows.take(np.arange(min(len(rows), 4 * _SAMPLE_ROWS))), known)
         seen += len(rows)
         if seen >= 4 * _SAMPLE_ROWS:
             break
     return estimates
 
 
-def _learn(estimates: list[Estimate], plan: Plan, rows: Rows, atoms: dict[bytes, int]) -> None:
+def _learn(
+    estimates: list[Estimate], plan: Plan, rows: Rows, known: dict[bytes, tuple[int, str]]
+) -> None:
     keys = rows["mol_key"].tobytes()
-    n_atoms = np.array([atoms.get(keys[16 * i : 16 * i + 16], 0) for i in range(len(rows))])
+    molecules = [known.get(keys[16 * i : 16 * i + 16], (0, "")) for i in range(len(rows))]
     ok = rows["status"].equals("ok")
     if not plan.from_noise:
-        ok &= n_atoms > 0
+        ok &= np.array([n_atoms > 0 for n_atoms, _ in molecules], bool)
     for stage in plan.stages:
         mine = ok & rows["kernel"].equals(stage.label)
         # The same program on another level, or on paths of another length, tells less.
@@ -145,12 +149,17 @@ def _learn(estimates: list[Estimate], plan: Plan, rows: Rows, atoms: dict[bytes,
         mine = own if own.any() else mine
         if mine.any():
             wall = rows["wall_s"][mine].astype(np.float32)
-            estimates[stage.index].learn(n_atoms[mine].astype(np.int64), wall)
+            estimate = estimates[stage.index]
+            sizes = [estimate.size(*molecules[i]) for i in np.flatnonzero(mine).tolist()]
+            estimate.learn(np.array(sizes, np.int64), wall)
 
 
 @dataclass(slots=True)
 class _Read:
-    """What the molecule files hold: numbers of entries, and seconds of work per stage (S,)."""
+    """What the molecule files hold: numbers of entries, and seconds of work per stage (S,).
+
+    ``functions``: basis functions of the largest molecule, where a stage computes DFT.
+    """
 
     counts: Tally
     left_s: NDArray[np.float64]
@@ -161,23 +170,38 @@ class _Read:
     examples: list[str] = field(default_factory=list)
     sampled: int = 0
     margins: dict[str, float] = field(default_factory=dict)
+    functions: int = 0
 
 
 @dataclass(slots=True)
 class _Understood:
-    """Some entries: origins (K, 2) and molecules (K, 2) of the good ones, their atoms (K,)."""
+    """Some entries: origins (K, 2), molecules (K, 2) and sizes (K, 2) of the good ones.
+
+    A molecule's sizes are its atoms and its basis functions; without DFT nobody asks for those.
+    """
 
     origins: NDArray[np.uint64]
     molecules: NDArray[np.uint64]
-    n_atoms: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     bad: list[str]
+
+
+def _has_dft(plan: Plan) -> bool:
+    return any(stage.settings.get("level") in DFT_LEVELS for stage in plan.stages)
+
+
+def _sizes(molecules: Iterable[tuple[int, str]], plan: Plan) -> NDArray[np.int64]:
+    """Return atoms and basis functions (K, 2) of molecules given by atoms and SMILES."""
+    has_dft = _has_dft(plan)
+    sizes = [(n, dft_cost.n_functions(s, n) if has_dft and n else 0) for n, s in molecules]
+    return np.array(sizes, np.int64).reshape(-1, 2)
 
 
 def _understood(entries: list[Entry], plan: Plan) -> _Understood:
     bad: list[str] = []
     molecules: list[bytes] = []
     origins: list[bytes] = []
-    n_atoms: list[int] = []
+    sizes: list[tuple[int, str]] = []
     for entry in entries:
         molecule = entry.molecule
         problem = str(entry.error) if molecule is None else ingest.unfit(entry, plan.from_files)
@@ -189,8 +213,8 @@ def _understood(entries: list[Entry], plan: Plan) -> _Understood:
             origin = ingest.geometry_key(key, entry.positions)
         molecules.append(key)
         origins.append(origin)
-        n_atoms.append(len(molecule.numbers))
-    return _Understood(key_array(origins), key_array(molecules), np.array(n_atoms, np.int64), bad)
+        sizes.append((len(molecule.numbers), molecule.smiles))
+    return _Understood(key_array(origins), key_array(molecules), _sizes(sizes, plan), bad)
 
 
 class _Reckoner:
@@ -206,15 +230,19 @@ class _Reckoner:
         return _Read(Tally.of(self.plan), np.zeros(len(self.plan.stages)))
 
     def add(
-        self, read: _Read, origins: NDArray[np.uint64], n_atoms: NDArray[np.int64]
+        self, read: _Read, origins: NDArray[np.uint64], sizes: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Count origins (K, 2) into ``read``; return the seconds (K,) of each, done or not."""
+        """Count origins (K, 2) of molecules of sizes (K, 2) into ``read``.
+
+        Return the seconds (K,) of each, done or not.
+        """
         counts = tally(self.plan, origins, self._index)
         read.counts += counts
         seconds: NDArray[np.float64] = np.zeros(len(origins))
-        sizes, at = np.unique(n_atoms, return_inverse=True)
+        read.functions = max(read.functions, int(sizes[:, 1].max(initial=0)))
         for s, estimate in enumerate(self._estimates):
-            each = np.array([estimate.seconds(n) for n in sizes.tolist()])[at] * self._per_root[s]
+            own, at = np.unique(sizes[:, int(estimate.dft)], return_inverse=True)
+            each = np.array([estimate.seconds(n) for n in own.tolist()])[at] * self._per_root[s]
             seconds += each
             if counts.planned[s]:
                 share = 1 - counts.finished[s] / counts.planned[s]
@@ -234,7 +262,12 @@ def _from_store(folder: Path, reckoner: _Reckoner) -> _Read:
     for chunk in ingest.chunks(folder):
         read.entries += chunk.stop - chunk.start
         origins, n_atoms = ingest.read_origins(chunk, plan)
-        reckoner.add(read, origins, n_atoms)
+        if _has_dft(plan):
+            roots = ingest.read_roots(chunk, plan)
+            sizes = _sizes(((root.n_atoms, root.smiles) for root in roots), plan)
+        else:
+            sizes = np.stack([n_atoms, np.zeros_like(n_atoms)], axis=1)
+        reckoner.add(read, origins, sizes)
         read.repeated += chunk.stop - chunk.start - chunk.bad - len(origins)
         molecules = ingest.read_molecule_keys(chunk) if plan.from_files else origins
         read.molecules += int(seen.add_all(molecules).sum()) if plan.from_files else len(origins)
@@ -255,7 +288,7 @@ def _from_entries(entries: Iterator[Entry], reckoner: _Reckoner) -> _Read:
         read.molecules += int(new.sum())
         if plan.from_files:
             new = seen.add_all(found.origins)
-        reckoner.add(read, found.origins[new], found.n_atoms[new])
+        reckoner.add(read, found.origins[new], found.sizes[new])
         read.repeated += int((~new).sum())
         read.entries += len(batch)
     return read
@@ -328,7 +361,7 @@ def _from_sample(total: int, entries: list[Entry], reckoner: _Reckoner) -> _Read
     found = _understood(entries, plan)
     _examples(read, found.bad)
     first, origins_seen = _kinds(found.origins)
-    seconds = reckoner.add(read, found.origins[first], found.n_atoms[first])
+    seconds = reckoner.add(read, found.origins[first], found.sizes[first])
     share_bad = read.bad / n
     good = total - round(total * share_bad)
     origins, origins_margin = distinct(good, len(found.origins), origins_seen)
@@ -399,6 +432,43 @@ def _pool(site: Site, pool: str, left_s: float, bundles: int) -> PoolForecast:
     return PoolForecast(pool, at_once * per_block, workers, blocks, walltime, node_s / 3600, wall_s)
 
 
+def _node_memory(site: Site, pool: str) -> int | None:
+    """Return the bytes of memory of a pool's nodes; None where nobody says."""
+    if site.settings is not None:
+        return site.settings.pools[pool].memory
+    executor: Any = next(e for e in site.config.executors if e.label == pool)
+    local = type(executor.provider).__name__ == "LocalProvider"
+    return block.memory() if local else None
+
+
+def memory_warnings(plan: Plan, site: Site, functions: int) -> list[str]:
+    """Say where DFT of a molecule of so many basis functions takes more memory than there is."""
+    found: dict[str, str] = {}
+    for stage in plan.stages:
+        if stage.settings.get("level") not in DFT_LEVELS or not functions:
+            continue
+        needed = dft_cost.memory(functions, str(stage.settings["program"]))
+        size = f"the largest molecule's {functions} basis functions take about {needed / 1e9:.1f}"
+        if needed > stage.memory_limit:
+            found[f"limit {stage.memory_limit}"] = (
+                f"stage {stage.name!r}: {size} GB; its memory_limit is "
+                f"{stage.memory_limit / 1e9:.1f} GB: raise it to {math.ceil(needed / 1e9)} GB"
+            )
+        workers, whole = site.workers_per_node()[stage.pool], _node_memory(site, stage.pool)
+        room = workers if whole is None else max(1, int(USABLE * whole / needed))
+        if whole is not None and room < workers:
+            remedy = f"--workers {room}"
+            if site.settings is not None:
+                remedy = f"workers_per_node = {room} in [pools.{stage.pool}]"
+            found.setdefault(
+                f"pool {stage.pool}",
+                f"stage {stage.name!r}: {size} GB each: of the {workers} workers on a node of pool "
+                f"{stage.pool!r}, which has {whole / 1e9:.0f} GB, {room} can compute such ones at "
+                f"once, and the others wait; {remedy} leaves no core idle",
+            )
+    return list(found.values())
+
+
 def forecast(campaign: Campaign, site: Site, *, exact: bool = False) -> Forecast:
     """Return what a campaign would take on a site; reads, and starts nothing.
 
@@ -465,4 +535,5 @@ def forecast(campaign: Campaign, site: Site, *, exact: bool = False) -> Forecast
         node_hours=sum(pool.node_hours for pool in pools),
         sampled=read.sampled,
         margins=read.margins,
+        warnings=memory_warnings(plan, site, read.functions),
     )

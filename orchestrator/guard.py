@@ -8,7 +8,6 @@ one pipe and only a few bytes of shared memory tell which item is running.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from orchestrator.block import node_name, own_devices
-from orchestrator.child import SHARED_BYTES, Shared
+from orchestrator.child import SHARED_BYTES, Shared, family
 from orchestrator.errors import CampaignError, RunError
 
 POLL_S = 0.1
@@ -82,7 +81,7 @@ class _Child:
         Programs such as Psi4 run in processes of their own.
         """
         pid = self.process.pid
-        return sum(map(_resident, [pid] if alone else _family(pid)))
+        return sum(map(_resident, [pid] if alone else family(pid)))
 
     def last_words(self, line: int = 0) -> str:
         """Return a line of what the child wrote to stderr; the first tells of a crash in C."""
@@ -354,17 +353,6 @@ def _resident(pid: int) -> int:
             return int(file.read().split()[1]) * _PAGE
     except (OSError, IndexError):
         return 0
-
-
-def _family(pid: int) -> list[int]:
-    """Return a process and all that descends from it, as far as Linux tells."""
-    found = [pid]
-    for one in found:
-        with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{one}/task"):
-                with open(f"/proc/{one}/task/{thread}/children") as file:
-                    found += map(int, file.read().split())
-    return found
 
 
 def _alone(batches: list[list[int]], first: int) -> list[list[int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import InputError, KernelError
+from orchestrator.child import family
 from orchestrator.resident import release_code
 from orchestrator.schema import STATUSES
 
@@ -114,6 +117,16 @@ def prepare(stage: Call) -> None:
     """Load what all items need; raises KernelError where that is not what was planned."""
     if stage.model:
         load_model(stage.model, stage.settings["model"], stage.gpu)
+    if stage.settings.get("program") == "gpu4pyscf":
+        if not stage.gpu:
+            # Its many workers would share, and fill, a GPU that their node has.
+            raise InputError(
+                'program "gpu4pyscf" does not run in pool "cpu", whose workers have no GPU of '
+                'their own; name one that has as `pool` of the stage, such as "gpu"'
+            )
+        from kernels.gpu4pyscf_engine import require_gpu
+
+        require_gpu()
 
 
 def call(
@@ -125,7 +138,31 @@ def call(
     """
     if stage.kernel in _BATCHED:
         return _BATCHED[stage.kernel](stage, payloads, stop)
-    return [_KERNELS[stage.kernel](stage, payload, stop) for payload in payloads]
+    if stage.settings.get("program") not in _OUTSIDE:
+        return [_KERNELS[stage.kernel](stage, payload, stop) for payload in payloads]
+    outcomes = []
+    for payload in payloads:
+        before_s = cpu_outside_s()
+        outcome = _KERNELS[stage.kernel](stage, payload, stop)
+        outcome["cpu_elsewhere_s"] = cpu_outside_s() - before_s
+        outcomes.append(outcome)
+    return outcomes
+
+
+# Programs that compute in processes of their own.
+_OUTSIDE = frozenset({"psi4"})
+
+
+def cpu_outside_s() -> float:
+    """Return the CPU seconds of all processes that this one has started, as they started others."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = 0
+    for pid in family(os.getpid())[1:]:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            # Its own, and of its children that have ended.
+            ticks += sum(map(int, fields[11:15]))
+    return ended.ru_utime + ended.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def done(rows: dict[str, Any], nbytes: int, ladder: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -179,17 +216,38 @@ def save(path: Path, arrays: dict[str, Any]) -> None:
     os.rename(temporary, path)
 
 
-def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Return the saved state of an open relaxation and the rungs it was on, if there is one."""
-    from kernels.relaxation import RelaxState
-
+def _load(path: Path) -> dict[str, NDArray[Any]] | None:
+    """Return the saved state of an open item, if there is one."""
     try:
         with np.load(path) as saved:
-            arrays = dict(saved)
+            return dict(saved)
     except FileNotFoundError:
-        return None, ()
-    tried = tuple(str(name) for name in arrays.pop("ladder"))
-    return RelaxState.from_arrays(arrays), tried
+        return None
+
+
+class _Clock:
+    """The time of an item, that of its earlier runs included; saved and read with its state."""
+
+    def __init__(self, program: str, saved: Mapping[str, NDArray[Any]] | None) -> None:
+        self._outside = program in _OUTSIDE
+        self._before = [float((saved or {}).get(name, 0.0)) for name in _SPENT]
+        self._start = self._now()
+
+    def _now(self) -> list[float]:
+        outside_s = cpu_outside_s() if self._outside else 0.0
+        return [time.process_time() + outside_s, time.perf_counter()]
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what the item has taken so far."""
+        spent = np.array(self._before) + np.array(self._now()) - np.array(self._start)
+        return {name: np.array(s) for name, s in zip(_SPENT, spent.tolist(), strict=True)}
+
+    def before(self) -> dict[str, float]:
+        """Return what it had taken before it was taken up again, as part of its outcome."""
+        return dict(zip(("cpu_before_s", "wall_before_s"), self._before, strict=True))
+
+
+_SPENT = ("spent_cpu_s", "spent_wall_s")
 
 
 # Settings of a level that the calculator is made with.
@@ -244,7 +302,10 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         coarse_until=wanted.get("coarse_until", 0.0),
     )
     path = Path(payload.checkpoint)
-    state, tried = _load(path)
+    arrays = _load(path)
+    clock = _Clock(program, arrays)
+    state = None if arrays is None else RelaxState.from_arrays(arrays)
+    tried = () if arrays is None else tuple(str(name) for name in arrays["ladder"])
     start = payload.positions
     saved = time.monotonic()
     kept = state is not None
@@ -255,7 +316,8 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         # A state that has just converged is a result; nothing is gained by saving it.
         finished = not stop() or is_converged(now, settings)
         if not finished or time.monotonic() - saved > stage.checkpoint_every:
-            save(path, {**now.to_arrays(), "ladder": np.array(rungs, dtype=np.str_)})
+            names = np.array(rungs, dtype=np.str_)
+            save(path, {**now.to_arrays(), "ladder": names, **clock.to_arrays()})
             saved = time.monotonic()
             kept = True
         return finished
@@ -306,7 +368,8 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
             "forces": np.zeros((0, 3)) if forces is None else forces,
         },
     }
-    return {**done(rows, 600 + 16 * len(fmax) + frames.nbytes, tried), "checkpointed": kept}
+    outcome = done(rows, 600 + 16 * len(fmax) + frames.nbytes, tried)
+    return {**outcome, "checkpointed": kept, **clock.before()}
 
 
 def failed(error: KernelError) -> dict[str, Any]:
@@ -470,21 +533,18 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
         line = first + weights * (last - first)
     saved_as = Path(payload.checkpoint)
     saved = time.monotonic()
-    kept = finished = False
-    state = None
-    try:
-        with np.load(saved_as) as arrays:
-            state = SinglePoints.from_arrays(dict(arrays))
-        kept = True
-    except FileNotFoundError:
-        pass
+    finished = False
+    arrays = _load(saved_as)
+    clock = _Clock(program, arrays)
+    kept = arrays is not None
+    state = None if arrays is None else SinglePoints.from_arrays(arrays)
 
     def on_frame(now: SinglePoints) -> bool:
         nonlocal saved, kept, finished
         finished = now.done == len(now.energies)
         going_on = finished or not stop()
         if not going_on or (not finished and time.monotonic() - saved > stage.checkpoint_every):
-            save(saved_as, now.to_arrays())
+            save(saved_as, {**now.to_arrays(), **clock.to_arrays()})
             saved = time.monotonic()
             kept = True
         return going_on
@@ -526,7 +586,7 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
         outcome["message"] = f"{len(points.problems)} of {len(points.energies)} without energy"
         outcome["message"] += f"; {where}: {why}"
     outcome["nbytes"] += forces.nbytes
-    return {**outcome, "checkpointed": kept}
+    return {**outcome, "checkpointed": kept, **clock.before()}
 
 
 def _rehearse(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str, Any]:

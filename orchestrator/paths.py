@@ -102,7 +102,7 @@ def _keys(rows: Rows, *names: str) -> Lookup:
 
 
 def walks(store: Store) -> list[Walk]:
-    """Return every diffusion path that has single-point energies of all its frames."""
+    """Return every diffusion path that has single-point energies, NaN where none was computed."""
     return store.consistent(lambda snapshot: list(_walks(snapshot)))
 
 
@@ -155,10 +155,10 @@ def _walks(snapshot: Snapshot) -> Iterator[Walk]:
 class EnergyCurve:
     """Energy above the relaxed minimum along the paths of a diffuse stage, in kcal/mol.
 
-    ``levels`` (F,): diffusion step n of each frame; ``mean``, ``median`` and the quartiles ``low``
-    and ``high``, (F,) each, over ``molecules`` paths. ``own``: how many of them were measured from
-    the minimum that their own end relaxes to. ``left_out``: paths whose bonds changed, with an
-    energy missing, or without a relaxed minimum.
+    ``levels`` (F,): diffusion step n of each frame that was computed; ``mean``, ``median`` and the
+    quartiles ``low`` and ``high``, (F,) each, over ``molecules`` paths. ``own``: how many of them
+    were measured from the minimum that their own end relaxes to. ``left_out``: paths whose bonds
+    changed, with an energy missing, or without a relaxed minimum.
     """
 
     stage: str
@@ -185,11 +185,15 @@ def energy_curves(found: Iterable[Walk]) -> list[EnergyCurve]:
     for walks_ in groups.values():
         by_levels: dict[bytes, list[Walk]] = {}
         for walk in walks_:
-            known = np.isfinite(walk.minimum_eV) and np.isfinite(walk.energies).all()
-            if known and not walk.changed:
+            if np.isfinite(walk.minimum_eV) and not walk.changed:
                 by_levels.setdefault(walk.levels.tobytes(), []).append(walk)
-        for alike in by_levels.values():
-            above = np.array([(w.energies - w.minimum_eV) * EV_TO_KCAL for w in alike])
+        for candidates in by_levels.values():
+            # Of some frames (`every` of the stage) no energy was asked for, on any path.
+            asked = np.isfinite([walk.energies for walk in candidates]).any(axis=0)
+            alike = [walk for walk in candidates if np.isfinite(walk.energies[asked]).all()]
+            if not asked.any() or not alike:
+                continue
+            above = np.array([(w.energies[asked] - w.minimum_eV) * EV_TO_KCAL for w in alike])
             low, median, high = np.percentile(above, [25, 50, 75], axis=0)
             one = alike[0]
             curves.append(
@@ -202,7 +206,7 @@ def energy_curves(found: Iterable[Walk]) -> list[EnergyCurve]:
                     molecules=len(alike),
                     own=sum(w.own for w in alike),
                     left_out=len(walks_) - len(alike),
-                    levels=one.levels,
+                    levels=one.levels[asked],
                     mean=above.mean(axis=0),
                     median=median,
                     low=low,

@@ -25,6 +25,7 @@ from orchestrator.drawing import (
     Picture,
     count,
     data_uri,
+    middle,
     new_figure,
     number,
     plural,
@@ -268,9 +269,10 @@ def _about_relaxations(facts: _Facts) -> list[str]:
         if changed
         else "no bond changed"
     )
-    steps = plural(int(np.median(rows["n_steps"])), "optimiser step")
+    steps = float(np.median(rows["n_steps"]))
     sentences.append(
-        f"A relaxation takes {steps} and {seconds(float(np.median(rows['cpu_s'])))} of CPU time "
+        f"A relaxation takes {middle(steps)} optimiser step{'s' if steps != 1 else ''} and "
+        f"{seconds(float(np.median(rows['cpu_s'])))} of CPU time "
         f"in the median; {bonds}."
     )
     return sentences
@@ -692,7 +694,7 @@ def _levels(facts: _Facts) -> list[list[str]]:
             [
                 *words,
                 count(len(part)),
-                count(int(np.median(rows["n_steps"][part]))),
+                middle(float(np.median(rows["n_steps"][part]))),
                 number(float(np.median(gain))) if len(gain) else "",
                 seconds(float(np.median(rows["cpu_s"][part]))),
             ]
@@ -703,7 +705,7 @@ def _levels(facts: _Facts) -> list[list[str]]:
 
 def _methods(facts: _Facts) -> list[list[str]]:
     return [
-        [*words, count(len(part)), count(int(np.median(facts.geometries["n_steps"][part])))]
+        [*words, count(len(part)), middle(float(np.median(facts.geometries["n_steps"][part])))]
         for words, part in _groups(facts.geometries, ("stage", "method"))
     ]
 

@@ -23,6 +23,7 @@ from orchestrator.drawing import (
     INK,
     Picture,
     count,
+    middle,
     new_figure,
     new_panels,
     number,
@@ -211,7 +212,7 @@ def _step_row(comparison: Comparison, arm: Arm) -> list[str]:
         start,
         count(one.molecules)
         + (f" ({plural(one.pairs, 'pair')})" if one.pairs > one.molecules else ""),
-        f"{number(one.baseline_steps, 0)} → {number(one.steps, 0)}" if one.pairs else "",
+        f"{middle(one.baseline_steps)} → {middle(one.steps)}" if one.pairs else "",
         _with_interval(one.reduction, share, " %"),
         _with_interval(same.reduction, share, " %"),
         _percent(known) if known is not None else "",

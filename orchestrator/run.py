@@ -614,7 +614,7 @@ class Driver:
             stage, items = taken
             self._serial += 1
             estimate = self.stream.estimates[stage.index]
-            seconds = [estimate.seconds(item.n_atoms) for item in items]
+            seconds = [estimate.seconds_of(item) for item in items]
             bundle = Bundle(
                 id=f"{self._serial:07d}",
                 run_id=self.run_id,
@@ -669,8 +669,9 @@ class Driver:
         if receipt.first_start:
             self._first_start = min(self._first_start or np.inf, receipt.first_start)
         ok = status == 0
-        atoms = np.array([item.n_atoms for item in bundle.items], np.int64)
-        self.stream.estimates[stage].learn(atoms[ok], wall[ok])
+        estimate = self.stream.estimates[stage]
+        sizes = [estimate.size(item.n_atoms, item.smiles) for item in bundle.items]
+        estimate.learn(np.array(sizes, np.int64)[ok], wall[ok])
         self.fleet.seen(bundle.stage.pool, receipt.manager, receipt.node)
         bad = receipt.node in self.nodes.bad
         for i, (item, code) in enumerate(zip(bundle.items, status.tolist(), strict=True)):
@@ -999,8 +1000,7 @@ class Driver:
         elapsed = time.monotonic() - self._started
         counts = self.counts()
         total = sum(workers.values())
-        estimates = self.stream.estimates
-        waiting_s = sum(c.waiting * e.mean_s for c, e in zip(counts, estimates, strict=True))
+        waiting_s = sum(c.waiting * self.stream.mean_s(s) for s, c in enumerate(counts))
         return Progress(
             campaign=self.store.name,
             stages=counts,

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 def number(value: float, digits: int = 1) -> str:
     """Return a number; `-` where there is none."""
-    return f"{value:,.{digits}f}" if np.isfinite(value) else "-"
+    return f"{value:z,.{digits}f}" if np.isfinite(value) else "-"
 
 
 def percent(value: float) -> str:
     """Return a share in per cent, without decimals."""
-    return f"{100 * value:.0f} %" if np.isfinite(value) else "-"
+    return f"{100 * value:z.0f} %" if np.isfinite(value) else "-"
 
 
 def interval(found: Estimate, form: Callable[[float], str]) -> str:
@@ -63,8 +63,9 @@ def _steps_table(comparison: Comparison, pick: Callable[[Arm], Summary]) -> Rend
         table.add_row(
             arm.stage,
             _molecules(found),
-            number(found.steps, 0),
-            number(found.baseline_steps, 0),
+            # Medians of whole numbers may lie between two of them.
+            number(found.steps, int(found.steps % 1 != 0)),
+            number(found.baseline_steps, int(found.baseline_steps % 1 != 0)),
             percent(found.reduction.value),
             interval(found.reduction, percent),
             f"{percent(low)} to {percent(high)}",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.calculators import DFT_LEVELS
-from orchestrator import ingest
+from orchestrator import dft_cost, ingest
 from orchestrator.columns import key_words
 from orchestrator.key_index import ABSENT, KeyIndex
 from orchestrator.plan import Item, Plan, Root, StagePlan, standing
@@ -44,51 +44,57 @@ _COST = {
 }
 
 
-# The same by DFT: at B3LYP/6-31G(2df,p) one gradient takes 6.2 s (n/108)^2.3 for n functions.
-_DFT_POWER = 2.3
-_DFT_GRADIENT_S = 65.0
-_DFT_GRADIENTS = {"relax": 25}
-
-
-def _cost(kernel: str, level: str) -> tuple[float, float]:
-    if level in DFT_LEVELS:
-        return _DFT_POWER, _DFT_GRADIENT_S * _DFT_GRADIENTS.get(kernel, 1)
-    return _COST.get(kernel, (2.0, 1.0))
-
-
 def _own(stage: int, item: Item) -> int:
     """Return the stage of an item from a bundle of ``stage``, which may hold those of others."""
     return item.stage if item.stage >= 0 else stage
 
 
 class Estimate:
-    """Seconds per item of one stage, learned from finished items."""
+    """Seconds per item of one stage, learned from finished items by their size.
+
+    An item's size is its number of atoms; where ``dft``, that of its basis
+    functions. An item of size s takes ``rate`` s^p seconds, with p known of the kernel.
+    """
 
     def __init__(self, kernel: str, frames: int = 1, level: str = "") -> None:
-        power, guess = _cost(kernel, level)
-        guess *= frames
+        self.dft = level in DFT_LEVELS
+        power, rate = dft_cost.item_s(kernel, level)
+        if not self.dft:
+            power, guess = _COST.get(kernel, (2.0, 1.0))
+            rate = guess / _USUAL_ATOMS**power
         self._power = power
         self._seconds = 0.0
         self._weight = 0.0
-        self._rate = guess / 20.0**power
-        self.mean_s = guess
+        self.rate = rate * frames
         self.items = 0
 
-    def seconds(self, n_atoms: int) -> float:
-        """Return the expected seconds of one item with that many atoms."""
-        return float(self._rate * (n_atoms or _USUAL_ATOMS) ** self._power)
+    def size(self, n_atoms: int, smiles: str = "") -> int:
+        """Return the size of an item, that of a usual one where nothing is known of it."""
+        n_atoms = n_atoms or _USUAL_ATOMS
+        return dft_cost.n_functions(smiles, n_atoms) if self.dft else n_atoms
 
-    def learn(self, n_atoms: NDArray[np.int64], wall_s: NDArray[np.float32]) -> None:
+    def seconds(self, size: int) -> float:
+        """Return the expected seconds of one item of that size."""
+        return self.rate * float((size or self.size(0)) ** self._power)
+
+    def weight_of(self, item: Item | Root) -> float:
+        """Return what an item's seconds are ``rate`` times of."""
+        return float(self.size(item.n_atoms, item.smiles) ** self._power)
+
+    def seconds_of(self, item: Item | Root) -> float:
+        """Return the expected seconds of an item."""
+        return self.rate * self.weight_of(item)
+
+    def learn(self, sizes: NDArray[np.int64], wall_s: NDArray[np.float32]) -> None:
         """Take in finished items (K,); older ones slowly lose their weight."""
-        if not len(n_atoms):
+        if not len(sizes):
             return
-        n_atoms = np.where(n_atoms > 0, n_atoms, _USUAL_ATOMS)
-        decay = 0.5 ** (len(n_atoms) / 1000)
+        sizes = np.where(sizes > 0, sizes, self.size(0))
+        decay = 0.5 ** (len(sizes) / 1000)
         self._seconds = self._seconds * decay + float(wall_s.sum())
-        self._weight = self._weight * decay + float((n_atoms.astype(float) ** self._power).sum())
-        self.items += len(n_atoms)
-        self.mean_s = self.mean_s * decay + (1 - decay) * float(wall_s.mean())
-        self._rate = max(self._seconds / self._weight, 1e-9)
+        self._weight = self._weight * decay + float((sizes.astype(float) ** self._power).sum())
+        self.items += len(sizes)
+        self.rate = max(self._seconds / self._weight, 1e-9)
 
     @property
     def measured(self) -> bool:
@@ -132,6 +138,8 @@ class Stream:
         self.ready_s = [0.0] * n
         self.again: deque[tuple[int, list[Item]]] = deque()
         self._pulled = [0] * n
+        self._roots_pulled = 0
+        self._weights = [0.0] * n
         self.ok = [0] * n
         self.failed = [0] * n
         self.upstream = [0] * n
@@ -166,6 +174,12 @@ class Stream:
         unpulled = len(self._roots) + sum(chunk.roots for chunk in self._chunks[self._read :])
         return self._pulled[stage] + unpulled * self._per_root[stage]
 
+    def mean_s(self, stage: int) -> float:
+        """Return the expected seconds of one of a stage's items, of the sizes planned so far."""
+        if not self._roots_pulled:
+            return self.estimates[stage].seconds(0)
+        return self.estimates[stage].rate * self._weights[stage] / self._roots_pulled
+
     def pull(self) -> bool:
         """Take in some more of the plan, if there is any; tell whether there was."""
         if not self._roots:
@@ -180,6 +194,9 @@ class Stream:
             if not self._roots:
                 return True
         roots, self._roots = self._roots[: self._slice], self._roots[self._slice :]
+        self._roots_pulled += len(roots)
+        for s, estimate in enumerate(self.estimates):
+            self._weights[s] += sum(estimate.weight_of(root) for root in roots)
         stand = standing(self.plan, roots, self._index)
         for s in range(len(self.plan.stages)):
             self._pulled[s] += stand.planned[s]
@@ -213,7 +230,7 @@ class Stream:
         queue = self._queue[stage]
         self._arrived[queue] = time.monotonic()
         self.ready[queue].append(item)
-        self.ready_s[queue] += self.estimates[queue].seconds(item.n_atoms)
+        self.ready_s[queue] += self.estimates[queue].seconds_of(item)
 
     def finished(self, stage: int, item: Item, ok: bool, shard: str) -> None:
         """Count a finished item and release what was waiting for it."""
@@ -331,7 +348,7 @@ class Stream:
         if self.exhausted or self.plan.stages[stage].model:
             # Nothing more will come: the largest first, so that no worker ends on a long one. And
             # models compute molecules of equal size together.
-            ordered = sorted(self.ready[stage], key=lambda item: -item.n_atoms)
+            ordered = sorted(self.ready[stage], key=estimate.seconds_of, reverse=True)
             self.ready[stage] = deque(ordered)
         queue = self.ready[stage]
         if self.plan.stages[stage].leader >= 0:
@@ -341,7 +358,7 @@ class Stream:
         items: list[Item] = []
         seconds = 0.0
         while queue and len(items) < most:
-            cost = estimate.seconds(queue[0].n_atoms)
+            cost = estimate.seconds_of(queue[0])
             if items and seconds + cost > target_s:
                 break
             items.append(queue.popleft())

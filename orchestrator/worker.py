@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator import block, child, shard, turn
+from kernels.calculators import DFT_LEVELS
+from orchestrator import block, child, dft_cost, shard, turn
 from orchestrator.columns import Rows, from_records, key_array
 from orchestrator.errors import CorruptShardError, StoreVersionError
 from orchestrator.frame_file import SavedFrames, frames_path
 from orchestrator.guard import CUT, Guard, StillbornError
 from orchestrator.kernel_calls import Call, Payload, batches
+from orchestrator.memory import Share
 from orchestrator.plan import FROM_NO_GEOMETRY, NO_KEY, Item, StagePlan, chain_key
 from orchestrator.schema import STATUSES
 from orchestrator.under_way import Mark
@@ -398,12 +400,17 @@ def run_bundle(bundle: Bundle, **resources: object) -> Receipt:
     batch = _Batch(bundle, node, job)
     mark = Mark(Path(bundle.store), bundle.run_id, bundle.id)
     mine = turn.Turn(alone=bundle.alone)
+    share = Share(memory_needed(bundle))
     try:
         guard = _own_guard()
         restarts = guard.restarts
         where: list[int] = []
         payloads: list[Payload] = []
-        if mine.wait(control.should_stop) and not control.should_stop():
+        if (
+            mine.wait(control.should_stop)
+            and share.wait(control.should_stop)
+            and not control.should_stop()
+        ):
             if mine.is_alone:
                 mark.set([], 0.0, alone=True)
             where, payloads = _payloads(bundle)
@@ -425,7 +432,11 @@ def run_bundle(bundle: Bundle, **resources: object) -> Receipt:
                 continue
             receipt.first_start = receipt.first_start or outcome["started_s"]
             outcome["cpu_s"] += outcome.get("cpu_elsewhere_s", 0.0)
-            cpu[i], wall[i] = outcome["cpu_s"], outcome["wall_s"]
+            cpu[i] = outcome["cpu_s"]
+            # What it took before it was taken up again is its own, though not this run's.
+            outcome["cpu_s"] += outcome.get("cpu_before_s", 0.0)
+            outcome["wall_s"] += outcome.get("wall_before_s", 0.0)
+            wall[i] = outcome["wall_s"]
             if outcome["status"] == "open":
                 continue
             if outcome["status"] == CUT:
@@ -441,6 +452,7 @@ def run_bundle(bundle: Bundle, **resources: object) -> Receipt:
         # What is wrong here may be right on other nodes; the driver sees to that.
         receipt.broken = str(exc) if isinstance(exc, StillbornError) else f"{node}: {exc!r}"
     finally:
+        share.end()
         mine.end()
         mark.clear()
     if len(batch):
@@ -459,6 +471,15 @@ def _saved_since(bundle: Bundle, item: Item, started_s: float) -> bool:
         return bundle.stage.kernel in SAVING and path.stat().st_mtime > started_s
     except OSError:
         return False
+
+
+def memory_needed(bundle: Bundle) -> int:
+    """Return the bytes that the largest item will take; 0 where that is too little to matter."""
+    settings = bundle.stage.settings
+    if settings.get("level") not in DFT_LEVELS:
+        return 0
+    sizes = [dft_cost.n_functions(item.smiles, item.n_atoms) for item in bundle.items]
+    return dft_cost.memory(max(sizes), settings["program"])
 
 
 def needs(bundle: Bundle, whole_s: float) -> list[float]:

@@ -83,6 +83,20 @@ def test_changed_bonds_and_what_is_missing_are_left_out_and_counted(tmp_path: Pa
     assert (curve.molecules, curve.left_out) == (1, 3)
 
 
+def test_frames_whose_energy_was_not_asked_for_are_no_gap(tmp_path: Path) -> None:
+    study = Study()
+    for name in ("a", "b", "a gap"):
+        baseline = study.molecule(name)
+        energies = np.where(np.arange(21) % 5 == 0, np.linspace(10.0, 2.0, 21), np.nan)
+        if name == "a gap":
+            energies[10] = np.nan
+        study.points(study.diffuse(baseline), energies, minimum=baseline)
+    (curve,) = energy_curves(walks(study.store(tmp_path / "store")))
+    assert curve.levels.tolist() == [20, 15, 10, 5, 0]
+    assert (curve.molecules, curve.left_out) == (2, 1)
+    np.testing.assert_allclose(curve.mean, [10.0, 8.0, 6.0, 4.0, 2.0])
+
+
 def test_forces_come_frame_by_frame(tmp_path: Path) -> None:
     study = Study()
     baseline = study.molecule("m")
