@@ -93,11 +93,11 @@ def _within(found: Estimate, digits: int) -> str:
 
 
 def sentences(found: Boltzmann | None) -> list[str]:
-    """Return what to say at the top of the report about chains, four sentences at most."""
+    """Return what to say at the top of the report about chains, five sentences at most."""
     if found is None:
         return []
     said = [_map_sentence(one) for one in found.maps[:1]]
-    said += [_check_sentence(found), *_pace_sentences(found)]
+    said += [_check_sentence(found), *_pace_sentences(found), _unsettled_sentence(found)]
     if not any(said):
         ladders = [ladder for subject in found.subjects for ladder in subject.ladders.values()]
         chains = sum(len(rung.chains) for ladder in ladders for rung in ladder.rungs)
@@ -172,6 +172,19 @@ def _check_sentence(found: Boltzmann) -> str:
             "harmonic vibrations in the median"
         )
     return f"{said}."
+
+
+def _unsettled_sentence(found: Boltzmann) -> str:
+    """Return a warning where most chains of the ladders to speak of have not settled."""
+    lines = []
+    for name in (found.thermal, found.diffusion):
+        rows = levels(found, name) if name else []
+        if 2 * sum(row.unsettled for row in rows) > sum(row.molecules for row in rows):
+            lines += [settled_line(found, name)] if name else []
+    if not lines:
+        return ""
+    words = "; ".join(lines).replace("R-hat", "R‑hat")
+    return f"The chains are too short for these numbers: {words}."
 
 
 def _pace_sentences(found: Boltzmann) -> list[str]:
