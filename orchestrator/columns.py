@@ -14,6 +14,9 @@ from orchestrator.schema import TABLES, Column, TableSchema
 
 Array = NDArray[Any]
 
+# Bytes of a row above which an index of its values would weigh more than a loop over rows costs.
+_LONG_ROW = 2048
+
 
 @dataclass(slots=True)
 class Varlen:
@@ -93,11 +96,7 @@ class Rows:
         """Return the given rows (indices, or a boolean mask) in the given order."""
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
-        taken = {
-            name: values.take(rows) if isinstance(values, Varlen | Category) else values[rows]
-            for name, values in self.columns.items()
-        }
-        return Rows(self.schema, taken)
+        return Rows(self.schema, {name: _taken(v, rows) for name, v in self.columns.items()})
 
     def nbytes(self) -> int:
         """Return the memory held by the columns, in bytes."""
@@ -193,30 +192,71 @@ def empty(table: str, names: Sequence[str] | None = None) -> Rows:
     return rows
 
 
+def _taken(values: Values, rows: NDArray[np.integer[Any]]) -> Values:
+    return values.take(rows) if isinstance(values, Varlen | Category) else values[rows]
+
+
 def concat(parts: Sequence[Rows]) -> Rows:
     """Join rows of one table end to end (all parts hold the same columns)."""
     if len(parts) == 1:
         return parts[0]
-    joined: dict[str, Values] = {}
-    for name in parts[0].columns:
-        pieces = [part.columns[name] for part in parts]
-        first = pieces[0]
-        if isinstance(first, Varlen):
-            offset = 0
-            ptrs = [np.zeros(1, np.int64)]
-            for piece in pieces:
-                ptrs.append(piece.ptr[1:] + offset)  # type: ignore[union-attr]
-                offset += int(piece.ptr[-1])  # type: ignore[union-attr]
-            values = np.concatenate([piece.values for piece in pieces])  # type: ignore[union-attr]
-            joined[name] = Varlen(values, np.concatenate(ptrs))
-        elif isinstance(first, Category):
-            index: dict[str, int] = {}
-            codes = []
-            for piece in pieces:
-                assert isinstance(piece, Category)
-                table = [index.setdefault(s, len(index)) for s in piece.names] or [0]
-                codes.append(np.array(table, np.uint32)[piece.codes])
-            joined[name] = Category(np.concatenate(codes), list(index))
-        else:
-            joined[name] = np.concatenate(pieces)  # type: ignore[arg-type]
+    joined = {name: _joined([part.columns[name] for part in parts]) for name in parts[0].columns}
     return Rows(parts[0].schema, joined)
+
+
+def _joined(pieces: Sequence[Values]) -> Values:
+    first = pieces[0]
+    if isinstance(first, Varlen):
+        offset = 0
+        ptrs = [np.zeros(1, np.int64)]
+        for piece in pieces:
+            ptrs.append(piece.ptr[1:] + offset)  # type: ignore[union-attr]
+            offset += int(piece.ptr[-1])  # type: ignore[union-attr]
+        values = np.concatenate([piece.values for piece in pieces])  # type: ignore[union-attr]
+        return Varlen(values, np.concatenate(ptrs))
+    if isinstance(first, Category):
+        index: dict[str, int] = {}
+        codes = []
+        for piece in pieces:
+            assert isinstance(piece, Category)
+            table = [index.setdefault(s, len(index)) for s in piece.names] or [0]
+            codes.append(np.array(table, np.uint32)[piece.codes])
+        return Category(np.concatenate(codes), list(index))
+    joined: Array = np.concatenate(pieces)  # type: ignore[arg-type]
+    return joined
+
+
+def gather(parts: Sequence[Rows], rows: NDArray[np.integer[Any]], *, last: bool) -> Rows:
+    """Take rows out of parts of one table, by their numbers as if they were joined, in that order.
+
+    Long rows are never held more than twice. With ``last`` the parts lose each column as it is
+    taken, and are empty afterwards.
+    """
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    taken: dict[str, Values] = {}
+    for name in list(parts[0].columns):
+        pieces = [part.columns.pop(name) if last else part.columns[name] for part in parts]
+        if isinstance(pieces[0], Varlen) and _long(pieces):
+            taken[name] = _copied(pieces, rows, starts)
+        else:
+            taken[name] = _taken(_joined(pieces), rows)
+    return Rows(parts[0].schema, taken)
+
+
+def _long(pieces: Sequence[Any]) -> bool:
+    """Whether rows are long enough to be copied one by one."""
+    held: int = sum(piece.values.nbytes for piece in pieces)
+    return held > _LONG_ROW * sum(map(len, pieces))
+
+
+def _copied(
+    pieces: Sequence[Any], rows: NDArray[np.integer[Any]], starts: NDArray[np.integer[Any]]
+) -> Varlen:
+    lengths = np.concatenate([np.diff(piece.ptr) for piece in pieces])[rows]
+    ptr = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(lengths, out=ptr[1:])
+    values = np.empty((int(ptr[-1]), *pieces[0].values.shape[1:]), pieces[0].values.dtype)
+    owners = np.searchsorted(starts, rows, side="right") - 1
+    for at, (row, owner) in enumerate(zip(rows.tolist(), owners.tolist(), strict=True)):
+        values[ptr[at] : ptr[at + 1]] = pieces[owner][row - int(starts[owner])]
+    return Varlen(values, ptr)

@@ -16,18 +16,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator import hdf5, manifest, shard
-from orchestrator.columns import Rows, concat
+from orchestrator.columns import Rows, concat, gather
 from orchestrator.errors import BasinError, CorruptShardError, StoreError, StoreVersionError
 from orchestrator.manifest import Manifest, Segment
 from orchestrator.schema import TABLES
-from orchestrator.store import Store, drop_duplicates
+from orchestrator.store import Store, best_of_each, drop_duplicates
 
-# Of uncompressed rows; a pass holds about four times as much at its worst moment.
-PASS_BYTES = 128 << 20
+# Of uncompressed rows. A pass ends with the shard that goes beyond; with the segments that it is
+# merged with it is held twice at its worst moment.
+PASS_BYTES = 24 << 20
 SEGMENT_ROWS = 1_000_000
-SEGMENT_BYTES = 256 << 20
+SEGMENT_BYTES = 48 << 20
 GRACE_S = 24 * 3600.0
 # Of more shards, or bytes, than these the oldest go sooner: a snapshot is read in minutes at most,
 # the list of those taken in is part of every manifest, and chains are large.
@@ -178,28 +180,40 @@ def _merge(
                 total_bytes += piece.nbytes()
             else:
                 kept.append(segment)
-    merged = drop_duplicates(concat([*absorbed, rows])) if absorbed else rows
+    parts = [*absorbed, rows]
     absorbed.clear()
     del rows
-    if not len(merged):
+    order = _sorted_by_molecule(parts)
+    if not len(order):
         return mine, []
-    by = merged["mol_key"] if "mol_key" in merged.columns else merged["key"]
-    order = np.lexsort((merged["key"][:, 1], merged["key"][:, 0], by[:, 1], by[:, 0]))
-    merged = merged.take(order)
-    step = max(1, int(len(merged) * min(1.0, 2 * SEGMENT_BYTES / max(1, merged.nbytes()))))
+    size = sum(part.nbytes() for part in parts)
+    step = max(1, int(len(order) * min(1.0, 2 * SEGMENT_BYTES / max(1, size))))
     new: list[Segment] = []
-    for start in range(0, len(merged), step):
-        stop = min(start + step, len(merged))
-        piece = merged.take(np.arange(start, stop)) if stop - start < len(merged) else merged
+    for start in range(0, len(order), step):
+        stop = min(start + step, len(order))
+        piece = gather(parts, order[start:stop], last=stop == len(order))
         data = hdf5.build([piece], kind=f"segment:{table}", campaign=store.name, packed=True)
+        n_rows = len(piece)
+        del piece
         name = f"segments/{table}-{generation:06d}-{uuid.uuid4().hex[:8]}.h5"
         try:
             shard.write_whole(store.path / name, data)
         except StoreError:
             _discard(store, new)
             raise
-        new.append(Segment(name, table, len(piece), len(data), zlib.crc32(data)))
+        new.append(Segment(name, table, n_rows, len(data), zlib.crc32(data)))
+        del data
     return kept, new
+
+
+def _sorted_by_molecule(parts: list[Rows]) -> NDArray[np.intp]:
+    """Return one row a key, by their numbers in the parts joined, sorted by molecule and key."""
+    names = [name for name in ("key", "mol_key", "status", "started_s") if name in parts[0].columns]
+    keys = concat([Rows(p.schema, {name: p.columns[name] for name in names}) for p in parts])
+    kept = np.flatnonzero(best_of_each(keys))
+    key = keys["key"][kept]
+    by = keys["mol_key"][kept] if "mol_key" in names else key
+    return kept[np.lexsort((key[:, 1], key[:, 0], by[:, 1], by[:, 0]))]
 
 
 def _crc32(path: Path) -> int:

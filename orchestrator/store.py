@@ -119,6 +119,15 @@ class Snapshot:
 
 def drop_duplicates(rows: Rows) -> Rows:
     """Keep one row a key: of tasks an `ok` one, else the latest; of other tables the first."""
+    keep = best_of_each(rows)
+    return rows if keep.all() else rows.take(keep)
+
+
+def best_of_each(rows: Rows) -> NDArray[np.bool_]:
+    """Return a mask (R,) of one row a key, as `drop_duplicates` keeps them.
+
+    Looks at the columns key, and of tasks status and started_s.
+    """
     hi = rows["key"][:, 0]
     order = np.argsort(hi, kind="stable")
     twin = np.zeros(len(hi), bool)
@@ -126,7 +135,7 @@ def drop_duplicates(rows: Rows) -> Rows:
     twin[order[1:][equal]] = True
     twin[order[:-1][equal]] = True
     if not twin.any():
-        return rows
+        return ~twin
     best: dict[tuple[int, int], tuple[tuple[bool, float], int]] = {}
     tasks = rows.schema.name == "tasks"
     ok = rows["status"].equals("ok") if tasks else None
@@ -137,7 +146,7 @@ def drop_duplicates(rows: Rows) -> Rows:
             best[key] = (rank, row)
     keep = ~twin
     keep[[row for _, row in best.values()]] = True
-    return rows.take(keep)
+    return keep
 
 
 def _gone(exc: FileNotFoundError) -> StoreError:

@@ -414,7 +414,7 @@ def _guided_mean(
         for start, guide, part, gradient, over in zip(
             starts, guides, now, predicted, ended, strict=True
         ):
-            if not over and step % _CURVATURE_EVERY == 0:
+            if not over and step % _CURVATURE_EVERY == 0 and np.isfinite(part).all():
                 guide.look(part * scale)
             means.append(
                 part if over else _guided_step(guide, part, gradient, schedule, start.n, scale)

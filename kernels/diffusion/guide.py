@@ -10,7 +10,6 @@ by (`kernels.diffusion.chains`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final, TypeAlias, cast
 
 import numpy as np
@@ -48,15 +47,18 @@ class Guide:
             )
         self.bonds = bond_orders(smiles)
         self.surface = Surface(smiles, positions)
-        self.compliance = compliance(self.surface.hessian(positions), positions, SOFTEST)
-        self._at_start = self.compliance
+        self._start = positions
+        self.compliance = self._compliance(positions)
+
+    def _compliance(self, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+        return compliance(self.surface.hessian(positions), positions, SOFTEST)
 
     def look(self, positions: NDArray[np.float64]) -> None:
         """Take the curvature at other positions (N, 3) in Å; the start's where it is not finite."""
-        self.compliance = self._at_start
-        with suppress(NotFiniteError):
-            if np.isfinite(positions).all():
-                self.compliance = compliance(self.surface.hessian(positions), positions, SOFTEST)
+        try:
+            self.compliance = self._compliance(positions)
+        except NotFiniteError:
+            self.compliance = self._compliance(self._start)
 
     def aim(
         self, positions: NDArray[np.float64], predicted: NDArray[np.float64]

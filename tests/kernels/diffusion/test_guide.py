@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.diffusion.checkpoint import Model
 from kernels.diffusion.egnn import ModelConfig, build, features
+from kernels.diffusion.guide import Guide
 from kernels.diffusion.process import DiffuseSettings, DiffusionPath, Start, diffuse
 from kernels.diffusion.refiner import objective, terms
 from kernels.diffusion.schedule import Schedule
@@ -209,3 +210,14 @@ def test_the_loss_is_the_energy_of_what_is_wrong(monkeypatch: pytest.MonkeyPatch
     energy = 0.5 * np.einsum("bi,bij,bj->b", flat, inverse, flat)
     expected = np.sqrt(energy + 0.002 * (flat**2).mean(axis=1) + 1e-6)
     np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-5)
+
+
+def test_where_atoms_coincide_a_guide_takes_the_curvature_of_the_start() -> None:
+    """Not the last one it looked at, which would depend on where a chain was cut."""
+    start = _start("CCO")
+    guide = Guide(start.smiles, start.positions)
+    first = guide.compliance
+    guide.look(start.positions * 1.02)
+    assert not np.array_equal(guide.compliance, first)
+    guide.look(np.zeros_like(start.positions))
+    assert np.array_equal(guide.compliance, first)
