@@ -91,16 +91,28 @@ class DftSettings:
 
 # The last one changes the energy surface, though only by the error of the usual grid.
 _DFT_RUNGS: Final = (
-    Rung("SCF from Hückel orbitals", "ScfError", calculator={"scf_guess": "huckel"}),
+    Rung("second-order SCF", "ScfError", calculator={"second_order": True}),
     Rung(
         "SCF with level shift 0.3 Ha and damping 0.3, 500 iterations",
         "ScfError",
-        calculator={"level_shift": 0.3, "scf_damping": 0.3, "max_scf_iterations": 500},
+        calculator={
+            "second_order": False,
+            "level_shift": 0.3,
+            "scf_damping": 0.3,
+            "max_scf_iterations": 500,
+        },
     ),
+    # Never first and never without the second order: Hückel orbitals of stretched bonds can lead
+    # to states with a hole in a core.
     Rung(
-        "second-order SCF",
+        "second-order SCF from Hückel orbitals",
         "ScfError",
-        calculator={"second_order": True, "level_shift": 0.0, "scf_damping": 0.0},
+        calculator={
+            "second_order": True,
+            "level_shift": 0.0,
+            "scf_damping": 0.0,
+            "scf_guess": "huckel",
+        },
     ),
     Rung("grid of 99 shells of 590 points", "ScfError", calculator={"grid": "very fine"}),
 )

@@ -42,6 +42,7 @@ _TOLERANCES: Final = (1e-9, 1e-5)
 # Of the memory: PySCF keeps the integrals there when they leave room for the rest.
 _SHARE_OF_FITTING: Final = 0.6
 _LEAST_OVERLAP: Final = 1e-9
+_MOST_DESCENTS: Final = 10
 
 
 class _Qm9Functions:
@@ -134,8 +135,10 @@ class PySCF(Engine):
             field = self._field(numbers, positions)
             start = self._density(field)
             self._orbitals = ()  # a half-converged start must not reach the next geometry
-            energy = float(field.kernel(start))
-        self.n_iterations += field.cycles
+            field.kernel(start)
+            if settings.second_order:
+                _descend(field)
+            energy = float(field.e_tot)
         if not field.converged:
             raise ScfError(
                 f"pyscf: SCF not converged in {settings.max_iterations} iterations; raise their "
@@ -172,6 +175,7 @@ class PySCF(Engine):
             field = field.newton()
         field.conv_tol, field.conv_tol_grad = _TOLERANCES
         field.max_cycle = settings.max_iterations
+        field.callback = self._count
         # No last iteration after the last: it would only take a level shift from orbital energies.
         field.conv_check = False
         return field
@@ -181,6 +185,9 @@ class PySCF(Engine):
         qm9 = self.settings.basis == basis.QM9
         restricted, unrestricted = (_Restricted, _Unrestricted) if qm9 else (dft.RKS, dft.UKS)
         return (restricted if self.settings.multiplicity == 1 else unrestricted)(mol)
+
+    def _count(self, _: Any) -> None:
+        self.n_iterations += 1
 
     def _density(self, field: Any) -> Any:
         """Density matrix of the last geometry's orbitals, made orthonormal where the atoms are."""
@@ -193,6 +200,17 @@ class PySCF(Engine):
             orthonormal = orbitals @ (vectors / np.sqrt(eigenvalues)) @ vectors.T
             densities.append(orthonormal @ orthonormal.T)
         return 2 * densities[0] if len(densities) == 1 else np.array(densities)
+
+
+def _descend(field: Any) -> None:
+    """Follow a second-order SCF, which stops at saddle points too, down to a minimum."""
+    for _ in range(_MOST_DESCENTS):
+        if not field.converged:
+            return
+        orbitals, _, stable, _ = field.stability(return_status=True)
+        if stable:
+            return
+        field.kernel(orbitals, field.mo_occ)
 
 
 def _check_memory(mol: Any, memory: int) -> None:
