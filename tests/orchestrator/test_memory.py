@@ -123,7 +123,9 @@ def test_dft_that_does_not_fit_together_runs_one_after_the_other(
         f'[[stages]]\nname = "dft"\nkernel = "single_points"\nlevel = "{DFT}"\ngrid = "coarse"\n'
     )
     campaign = write_campaign(tmp_path, ["O", "N"], stages=stages)
-    assert complete(campaign, workers=2)["complete"]
+    summary = complete(campaign, workers=2)
+    assert summary["complete"]
+    assert any("1 can compute such ones at once" in note for note in summary["notes"])
     tasks = [t for t in by_key(store_of(campaign), "tasks").values() if t["stage"] == "dft"]
     began = [np.frombuffer(task["started_s"])[0] for task in tasks]
     ended = [b + np.frombuffer(t["wall_s"])[0] for b, t in zip(began, tasks, strict=True)]
