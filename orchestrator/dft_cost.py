@@ -17,8 +17,8 @@ from kernels.calculators import DFT_DEF2
 _FUNCTIONS: Final = 108
 _GRADIENT_S: Final = 9.0
 _POWER: Final = 2.3
-# Gradients of a relaxation from a force field's minimum for each function: of 61 molecules of QM9's
-# kind at GFN2-xTB, 12 at 140 functions and 26 at 246 on average.
+# Gradients of a relaxation from a force field's minimum for each function: of 54 molecules of QM9's
+# kind at GFN2-xTB, 13 at 144 functions and 26 at 246 on average.
 _RELAXATION: Final = 0.09
 # Bytes resident at the peak of a gradient: Python with its libraries, and for each function.
 _MEMORY: Final = {"pyscf": (150e6, 5.6e6), "psi4": (60e6, 9.3e6)}

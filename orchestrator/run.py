@@ -33,7 +33,7 @@ from orchestrator.errors import (
     RunError,
     StoreError,
 )
-from orchestrator.forecast import learned_estimates
+from orchestrator.forecast import learned_estimates, memory_warnings
 from orchestrator.interchange import DRIVER_PID
 from orchestrator.key_index import KeyIndex
 from orchestrator.lock import DriverLock
@@ -597,8 +597,13 @@ class Driver:
         return False
 
     def _refill(self) -> None:
+        functions = self.stream.functions
         while self.stream.backlog() < BACKLOG_ITEMS and self.stream.pull():
             pass
+        if self.stream.functions > functions:
+            found = memory_warnings(self.plan, self.site, self.stream.functions)
+            for at, warning in enumerate(found):
+                self.notes.add(warning, f"memory {at}")
         if time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
             self.stream.look()

@@ -139,6 +139,8 @@ class Stream:
         self.again: deque[tuple[int, list[Item]]] = deque()
         self._pulled = [0] * n
         self._roots_pulled = 0
+        # Of the largest molecule so far, where a stage computes DFT.
+        self.functions = 0
         self._weights = [0.0] * n
         self.ok = [0] * n
         self.failed = [0] * n
@@ -197,6 +199,9 @@ class Stream:
         self._roots_pulled += len(roots)
         for s, estimate in enumerate(self.estimates):
             self._weights[s] += sum(estimate.weight_of(root) for root in roots)
+            if estimate.dft:
+                sizes = (estimate.size(root.n_atoms, root.smiles) for root in roots)
+                self.functions = max(self.functions, *sizes)
         stand = standing(self.plan, roots, self._index)
         for s in range(len(self.plan.stages)):
             self._pulled[s] += stand.planned[s]

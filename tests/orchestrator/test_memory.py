@@ -8,6 +8,7 @@ import sys
 from itertools import chain, repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kernels.calculators import DFT
@@ -16,7 +17,7 @@ from orchestrator.campaign import load_campaign
 from orchestrator.memory import Share
 from orchestrator.plan import Item, Plan
 from orchestrator.worker import Bundle, memory_needed
-from tests.orchestrator.run_fixtures import write_campaign
+from tests.orchestrator.run_fixtures import by_key, complete, store_of, write_campaign
 
 WHOLE = 1000
 
@@ -109,3 +110,23 @@ def test_memory_is_the_jobs_where_that_is_less(monkeypatch: pytest.MonkeyPatch) 
     assert block.memory() == 64 * 2**20
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
     assert block.memory() == whole
+
+
+@pytest.mark.slow
+def test_dft_that_does_not_fit_together_runs_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Water and ammonia take 363 and 391 MB.
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "500")
+    stages = (
+        '[[stages]]\nkernel = "embed"\n'
+        f'[[stages]]\nname = "dft"\nkernel = "single_points"\nlevel = "{DFT}"\ngrid = "coarse"\n'
+    )
+    campaign = write_campaign(tmp_path, ["O", "N"], stages=stages)
+    summary = complete(campaign, workers=2)
+    assert summary["complete"]
+    assert any("1 can compute such ones at once" in note for note in summary["notes"])
+    tasks = [t for t in by_key(store_of(campaign), "tasks").values() if t["stage"] == "dft"]
+    began = [np.frombuffer(task["started_s"])[0] for task in tasks]
+    ended = [b + np.frombuffer(t["wall_s"])[0] for b, t in zip(began, tasks, strict=True)]
+    assert min(ended) <= max(began), "both ran at once"
