@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from kernels.calculators import DFT
 from orchestrator import dft_cost
 
 MOLECULES = ("O", "CO", "CCO", "CCCCO", "Cc1ccccc1O")
@@ -25,7 +26,7 @@ MEMORY = 2_400_000_000
 def measure(smiles: str, program: str) -> str:
     """Return functions, CPU seconds and peak bytes of one gradient, of Psi4's process included."""
     from kernels import basis
-    from kernels.calculators import DFT, make_calculator
+    from kernels.calculators import make_calculator
     from kernels.embedding import embed
     from kernels.forcefield import minimise
     from orchestrator.child import family

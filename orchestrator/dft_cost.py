@@ -20,6 +20,8 @@ _POWER: Final = 2.3
 # Gradients of a relaxation from a force field's minimum for each function: of 54 molecules of QM9's
 # kind at GFN2-xTB, 13 at 144 functions and 26 at 246 on average.
 _RELAXATION: Final = 0.09
+# Of those, what a relaxation takes that starts from a Hessian of another level.
+_WITH_HESSIAN: Final = 0.4
 # Bytes resident at the peak of a gradient: Python with its libraries, and for each function.
 _MEMORY: Final = {"pyscf": (150e6, 5.6e6), "psi4": (60e6, 9.3e6)}
 # Of those functions, what another basis has for organic molecules.
@@ -49,10 +51,13 @@ def n_functions(smiles: str, n_atoms: int) -> int:
     return heavier * heavy + light * max(0, n_atoms - heavy)
 
 
-def item_s(kernel: str, level: str) -> tuple[float, float]:
+def item_s(kernel: str, level: str, initial_hessian: str = "unit") -> tuple[float, float]:
     """Return the power p and the factor f of f n^p, CPU seconds of an item of n functions."""
     gradient = _GRADIENT_S * (_SHARE.get(level, 1.0) / _FUNCTIONS) ** _POWER
-    return (_POWER + 1, _RELAXATION * gradient) if kernel == "relax" else (_POWER, gradient)
+    if kernel != "relax":
+        return _POWER, gradient
+    gradients = _RELAXATION * (1.0 if initial_hessian == "unit" else _WITH_HESSIAN)
+    return _POWER + 1, gradients * gradient
 
 
 def memory(functions: int, program: str) -> int:

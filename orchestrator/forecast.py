@@ -109,7 +109,12 @@ class Forecast:
 def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
     """Return estimates per stage from a sample of the store's finished tasks."""
     estimates = [
-        Estimate(stage.kernel, stage.computed, stage.settings.get("level", ""))
+        Estimate(
+            stage.kernel,
+            stage.computed,
+            stage.settings.get("level", ""),
+            stage.settings.get("initial_hessian", "unit"),
+        )
         for stage in plan.stages
     ]
     for stage in plan.stages:

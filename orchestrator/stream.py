@@ -56,9 +56,11 @@ class Estimate:
     functions. An item of size s takes ``rate`` s^p seconds, with p known of the kernel.
     """
 
-    def __init__(self, kernel: str, frames: int = 1, level: str = "") -> None:
+    def __init__(
+        self, kernel: str, frames: int = 1, level: str = "", initial_hessian: str = "unit"
+    ) -> None:
         self.dft = level in DFT_LEVELS
-        power, rate = dft_cost.item_s(kernel, level)
+        power, rate = dft_cost.item_s(kernel, level, initial_hessian)
         if not self.dft:
             power, guess = _COST.get(kernel, (2.0, 1.0))
             rate = guess / _USUAL_ATOMS**power
