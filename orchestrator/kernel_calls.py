@@ -381,6 +381,8 @@ def failed(error: KernelError) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def load_model(model: str, digest: str, gpu: bool) -> Model:
     """Return a model, kept for the next call; raises InputError where it is not the planned one."""
+    # What ran here before does not add to the peak.
+    release_code(Path(np.__file__).parents[1])
     try:
         import torch
     except ImportError as error:
@@ -390,7 +392,7 @@ def load_model(model: str, digest: str, gpu: bool) -> Model:
 
     from kernels.diffusion.checkpoint import load
 
-    release_code(Path(torch.__file__).parent)
+    release_code(Path(torch.__file__).parents[1])
     # Many workers share a machine; more threads only pay where one has cores to itself.
     torch.set_num_threads(int(os.environ.get(TORCH_THREADS, "1")))
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
