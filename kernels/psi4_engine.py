@@ -151,7 +151,8 @@ class Psi4(Engine):
     """B3LYP with five d functions, each SCF started from the last orbitals.
 
     Forces lack the change of the grid's weights with the geometry: against the slope of the
-    energy they are off by up to 5e-4 eV/Å with grid "fine", 5e-5 with "very fine".
+    energy they are off by up to 5e-4 eV/Å with grid "fine" (2e-3 where there is Cl, Br or I), 5e-5
+    with "very fine" (1e-4).
 
     Before version 1.4 Psi4's SCF has no level shift: `level_shift` does nothing there, damping
     and the number of iterations do. Molecules without beta electrons (H, H2+) are computed
