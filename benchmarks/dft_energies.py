@@ -39,7 +39,7 @@ SYMBOLS = {1: "H", 6: "C", 7: "N", 8: "O", 9: "F"}
 ALL_UP_TO = 6
 EXACT_UP_TO = 6
 # Molecules of more heavy atoms, drawn at random, and those with fluorine among them.
-SOME_OF = {7: 130, 8: 4, 9: 4}
+SOME_OF = {7: 136, 8: 4, 9: 4}
 FLUORINE_OF = {7: 2, 8: 4}
 MEMORY = 6_000_000_000
 
@@ -74,12 +74,18 @@ class Qm9:
         )
         few = [at for size in (8, 9) for at in (*fluorine.get(size, ()), *others[size])]
         # Fluorine's come early, as only they settle its exponents.
-        order = [*five[:5], *fluorine[7], *five[5:], *few[:4], *small, *few, *others[7]]
-        for at in dict.fromkeys(map(int, order)):
-            exact = self.heavy[at] <= EXACT_UP_TO or at in fluorine[7]
+        first = dict.fromkeys(map(int, [*five[:5], *fluorine[7], *five[5:], *few[:4], *small]))
+        for at in first:
+            exact = self.heavy[at] < EXACT_UP_TO or at in fluorine[7]
             yield at, "pyscf", list(STEPS)[: 3 if exact else 2]
-            if at not in others[7][4:]:
-                yield at, "psi4", list(STEPS)[: 3 if at in five[:5] else 2]
+            yield at, "psi4", list(STEPS)[: 3 if at in five[:5] else 2]
+        for at in dict.fromkeys(map(int, [*others[7], *few])):
+            if at not in first:
+                yield at, "pyscf", list(STEPS)[:2]
+                if at in few or at in others[7][:4]:
+                    yield at, "psi4", list(STEPS)[:2]
+        for at in small:
+            yield at, "pyscf", list(STEPS)
 
 
 def cpu_s() -> float:
