@@ -66,7 +66,7 @@ def test_cost_follows_basis_functions_not_atoms() -> None:
 def test_a_plan_counts_basis_functions_before_and_after_reading(tmp_path: Path) -> None:
     path = write_campaign(tmp_path, ["CCCCCC", "FC(F)(F)F"], stages=DFT_STAGES)
     campaign, site = load_campaign(path), load_site("local", workers=2)
-    hours = sum(map(Estimate("relax", 1, DFT).seconds, (238, 140))) / 3600
+    hours = sum(map(Estimate("relax", 1, DFT, "gfn2").seconds, (238, 140))) / 3600
     before = forecast(campaign, site)
     assert before.stages[2].core_hours == pytest.approx(hours)
     ingested(campaign)
