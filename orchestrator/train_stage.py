@@ -77,8 +77,11 @@ def said(store: Path) -> dict[str, Any]:
 # In the worker
 
 
-def run_training(job: TrainJob) -> TrainReceipt:
-    """Train, or go on with it, in a Parsl worker; what it can say of an error is in the receipt."""
+def run_training(job: TrainJob, **resources: object) -> TrainReceipt:
+    """Train, or go on with it, in a Parsl worker; what it can say of an error is in the receipt.
+
+    resources: what it asked of its executor, which Parsl hands on to what it calls; unused.
+    """
     from kernels.errors import KernelError
     from orchestrator.errors import BasinError, StoreLockedError
     from orchestrator.show import training_line
