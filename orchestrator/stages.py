@@ -322,7 +322,7 @@ class RelaxStage(LevelStage):
     def _dft_starts_from_gfn2(cls, written: Any) -> Any:
         if (
             isinstance(written, dict)
-            and written.get("level") == calculators.DFT
+            and written.get("level") in calculators.DFT_LEVELS
             and written.get("optimizer", "BFGS") in HESSIAN_OPTIMIZERS
         ):
             return {"initial_hessian": "gfn2", **written}
@@ -351,10 +351,10 @@ class RelaxStage(LevelStage):
     @classmethod
     def _has_a_finer_grid(cls, force: float, info: ValidationInfo) -> float:
         level, grid = info.data.get("level", calculators.DFT), info.data.get("grid", "fine")
-        if force and (level != calculators.DFT or grid != "fine"):
+        if force and (level not in calculators.DFT_LEVELS or grid != "fine"):
             raise ValueError(
-                f'belongs to level = "{calculators.DFT}" with grid = "fine", not to {level} with '
-                f'grid = "{grid}"; leave it out'
+                f'belongs to {" and ".join(calculators.DFT_LEVELS)} with grid = "fine", not to '
+                f'{level} with grid = "{grid}"; leave it out'
             )
         return force
 

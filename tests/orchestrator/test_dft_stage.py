@@ -50,10 +50,16 @@ def test_dft_has_its_own_settings_and_limits(tmp_path: Path, level: str) -> None
     assert relax(tmp_path, "", "GFN2-xTB").time_limit == 600.0
 
 
-def test_dft_relaxations_start_from_gfn2_unless_something_else_is_said(tmp_path: Path) -> None:
-    plain = relax(tmp_path, "")
+@pytest.mark.parametrize("level", [DFT, DFT_DEF2])
+def test_what_saves_gradients_is_for_each_dft_level(tmp_path: Path, level: str) -> None:
+    plain = relax(tmp_path, "", level)
     assert plain.settings()["initial_hessian"] == "gfn2"
     assert set(plain.programs()) == {"pyscf", "tblite"}
+    coarse = relax(tmp_path, "coarse_until = 0.1\n", level)
+    assert coarse.settings()["coarse_until"] == 0.1
+
+
+def test_dft_relaxations_start_from_gfn2_unless_something_else_is_said(tmp_path: Path) -> None:
     assert "initial_hessian" not in relax(tmp_path, "", "GFN2-xTB").settings()
     assert "initial_hessian" not in relax(tmp_path, 'optimizer = "FIRE"\n').settings()
     for job in ("qm9_dft_speedup.toml", "qm9_dft_small.toml"):
