@@ -33,7 +33,7 @@ from kernels.embedding import embed
 from kernels.errors import KernelError
 from kernels.forcefield import minimise
 from kernels.graph import rdkit_molecule
-from kernels.psi4_worker import FITTING_BASIS
+from kernels.psi4_engine import FITTING_BASIS
 from kernels.relaxation import RelaxSettings, relax_with_ladder
 from kernels.units import HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM, HARTREE_TO_EV, KCAL_TO_EV
 

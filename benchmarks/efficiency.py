@@ -67,7 +67,8 @@ def _relax(start: tuple[str, Any, Any]) -> tuple[float, float, bool]:
     began, cpu = time.time(), time.process_time()
     payload = Payload(smiles, 0, 1, 0, 0, numbers, positions, "/nonexistent")
     try:
-        ok = call(Call("relax", SETTINGS, 1e9), payload, lambda: False)["status"] == "ok"
+        (outcome,) = call(Call("relax", SETTINGS, 1e9), [payload], lambda: False)
+        ok = outcome["status"] == "ok"
     except KernelError:
         ok = False
     return began, time.process_time() - cpu, ok

@@ -53,7 +53,7 @@ _DAMPED_ABOVE: Final = 1e-3
 # A name that no file of Psi4's own basis sets has: the file is written to the worker's scratch.
 _QM9_BASIS: Final = "basin-qm9"
 # Weigend's universal fitting set, under the name that all versions of Psi4 know.
-_FITTING_BASIS: Final = "def2-qzvpp-jkfit"
+FITTING_BASIS: Final = "def2-qzvpp-jkfit"
 _PREFIX: Final = "basin-psi4-"
 _PROBE: Final = "import sys; sys.path.extend(sys.argv[1:]); import psi4; print(psi4.__version__)"
 _SECONDS_TO_IMPORT: Final = 120.0
@@ -237,7 +237,7 @@ class Psi4(Engine):
         fitted = settings.density_fitting and electrons > unpaired
         return {
             "basis": _QM9_BASIS if settings.basis == basis.QM9 else settings.basis,
-            "df_basis_scf": _FITTING_BASIS,
+            "df_basis_scf": FITTING_BASIS,
             "reference": "uks" if unpaired else "rks",
             "scf_type": "df" if fitted else "pk",
             "dft_radial_points": radial,
