@@ -55,7 +55,11 @@ _QM9_BASIS: Final = "basin-qm9"
 # Weigend's universal fitting set, under the name that all versions of Psi4 know.
 FITTING_BASIS: Final = "def2-qzvpp-jkfit"
 _PREFIX: Final = "basin-psi4-"
-_PROBE: Final = "import sys; sys.path.extend(sys.argv[1:]); import psi4; print(psi4.__version__)"
+# Left at once: else Psi4 writes its timings into the current folder, though it only was imported.
+_PROBE: Final = (
+    "import os, sys; sys.path.extend(sys.argv[1:]); import psi4; "
+    "print(psi4.__version__, flush=True); os._exit(0)"
+)
 _SECONDS_TO_IMPORT: Final = 120.0
 _SECONDS_TO_END: Final = 20.0
 
@@ -123,17 +127,15 @@ def _ask_version(python: str, paths: tuple[str, ...]) -> Installation | None:
     for path in paths:
         command = [python, "-I", "-c", _PROBE, *([path] if path else [])]
         try:
-            # Psi4 writes its timings into the current folder, even when it only was imported.
-            with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
-                done = subprocess.run(
-                    command,
-                    capture_output=True,
-                    text=True,
-                    timeout=_SECONDS_TO_IMPORT,
-                    env=_environment(),
-                    cwd=folder,
-                    stdin=subprocess.DEVNULL,
-                )
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS_TO_IMPORT,
+                env=_environment(),
+                cwd=tempfile.gettempdir(),
+                stdin=subprocess.DEVNULL,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         if done.returncode == 0 and done.stdout.strip():

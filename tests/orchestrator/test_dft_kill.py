@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,19 @@ def assert_clean(scratch: Path) -> None:
     until(lambda: not left(), 30.0, lambda: str(left()))
 
 
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a folder for temporary files; a short name, since Parsl has its sockets there."""
+    with tempfile.TemporaryDirectory(prefix="basin-test-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("program", ["pyscf", "psi4"])
 def test_a_killed_dft_campaign_ends_as_an_undisturbed_one(
-    tmp_path: Path,
-    program: str,
-    require_engine: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, scratch: Path, program: str, require_engine: Callable[[str], None]
 ) -> None:
     require_engine(program)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setenv("TMPDIR", str(scratch))
     campaign = write_campaign(
         tmp_path,
         ["O"],
