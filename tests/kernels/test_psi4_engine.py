@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,9 @@ def test_a_molecule_that_kills_every_worker_is_a_failure(
         while not ended.wait(0.02):
             worker = psi4_engine._worker
             if worker is not None and worker.calls:
-                os.kill(worker.pid, number)
+                # It may have died and been waited for meanwhile.
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, number)
 
     killer = threading.Thread(target=kill_all)
     killer.start()
