@@ -15,6 +15,7 @@ import select
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from typing import Any, TextIO
 
 _PR_SET_PDEATHSIG = 1
@@ -39,12 +40,20 @@ def main() -> None:
     os.close(held)
     os.close(1)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.signal(signal.SIGTERM, lambda *_: end(child))
     watch(child, ended, asker)
     _, status = os.waitpid(child, 0)
+    # How the child ended is to be told, whoever asks for the end while its scratch goes.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     shutil.rmtree(scratch, ignore_errors=True)
     killed = os.WIFSIGNALED(status)
     os._exit(128 + os.WTERMSIG(status) if killed else os.WEXITSTATUS(status))
+
+
+def end(child: int) -> None:
+    """Kill `child`, if it has not ended by itself meanwhile."""
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
 
 
 def watch(child: int, ended: int, asker: int) -> None:
@@ -59,7 +68,7 @@ def watch(child: int, ended: int, asker: int) -> None:
             return
         # The pipe stays open where the asker had forked; that it is gone shows all the same.
         if 0 in seen or os.getppid() != asker:
-            os.kill(child, signal.SIGKILL)
+            end(child)
             return
 
 
