@@ -87,7 +87,8 @@ def test_a_killed_dft_campaign_ends_as_an_undisturbed_one(
         tmp_path,
         ["O"],
         stages='[[stages]]\nkernel = "embed"\n[[stages]]\nkernel = "relax"\n'
-        f'level = "{DFT}"\nprogram = "{program}"\nfmax = {FMAX}\n',
+        # As long as can be.
+        f'level = "{DFT}"\nprogram = "{program}"\nfmax = {FMAX}\ninitial_hessian = "unit"\n',
         run='checkpoint_every = "10 ms"',
     )
     states = tmp_path / "store" / "checkpoints"
