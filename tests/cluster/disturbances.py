@@ -6,8 +6,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,19 +143,6 @@ if "orchestrator.child" in sys.orig_argv:
 
 def _first_on_path(folder: Path) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-@contextmanager
-def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
-    """Suspend what computes; what a signal ends meanwhile is gone afterwards."""
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
 
 
 def write_site(folder: Path, walltime: str = "10 min", *, exclusive: bool = True) -> Path:

@@ -12,13 +12,14 @@ import psutil
 import pytest
 
 from orchestrator.block import stop_margin
-from tests.cluster.disturbances import Part, StepRecords, standing_still, write_site
+from tests.cluster.disturbances import Part, StepRecords, write_site
 from tests.cluster.slurm_cluster import SlurmCluster
 from tests.orchestrator.run_fixtures import (
     Run,
     by_key,
     kill,
     running,
+    standing_still,
     store_of,
     until,
     write_campaign,

@@ -14,7 +14,6 @@ from tests.cluster.disturbances import (
     Disturber,
     Records,
     account,
-    standing_still,
     write_site,
 )
 from tests.cluster.slurm_cluster import SlurmCluster
@@ -25,6 +24,7 @@ from tests.orchestrator.run_fixtures import (
     by_key,
     running,
     standing_of,
+    standing_still,
     store_of,
     until,
     write_campaign,

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,19 @@ def complete(campaign: Path, *arguments: str, workers: int = 2) -> dict[str, Any
     with running(campaign, *arguments, workers=workers) as run:
         assert run.wait() == 0, run.output()
         return run.end()
+
+
+@contextmanager
+def standing_still(processes: list[psutil.Process]) -> Iterator[None]:
+    """Suspend what computes; what a signal ends meanwhile is gone afterwards."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def until(

@@ -132,10 +132,12 @@ def test_a_stop_is_honoured_between_batches(guard: Guard) -> None:
 def test_a_child_killed_from_outside_is_replaced_and_every_item_still_ends(guard: Guard) -> None:
     killed: list[int] = []
 
+    ended = threading.Event()
+
     def kill() -> None:
-        for _ in range(3):
-            time.sleep(0.4)
-            if guard._child is not None:
+        while len(killed) < 3 and not ended.wait(0.4):
+            # Not one that is dead and has no successor yet.
+            if guard._child is not None and guard._child.process.pid not in killed:
                 killed.append(guard._child.process.pid)
                 os.kill(killed[-1], signal.SIGKILL)
 
@@ -143,6 +145,7 @@ def test_a_child_killed_from_outside_is_replaced_and_every_item_still_ends(guard
     killer.start()
     smiles = ["C" * (i + 1) for i in range(60)]
     outcomes = run(guard, smiles, {}, seconds=0.05)
+    ended.set()
     killer.join()
     assert len(killed) == 3
     assert [outcomes[s]["status"] for s in smiles] == ["ok"] * 60

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from orchestrator.lock import who
 from orchestrator.store import Store
 from orchestrator.tables import Lookup
 from tests.orchestrator.run_fixtures import (
@@ -26,6 +27,7 @@ from tests.orchestrator.run_fixtures import (
     kill,
     running,
     standing_of,
+    standing_still,
     store_of,
     until,
     write_campaign,
@@ -243,19 +245,17 @@ def test_an_interrupted_relaxation_saves_its_state_and_goes_on(
 def test_a_signal_drains_and_the_same_command_finishes(
     tmp_path: Path, uninterrupted: Store
 ) -> None:
-    campaign = write_campaign(tmp_path, SMALL, run='bundle_time = "1 s"')
+    # So short that much is left when the first rows are seen.
+    campaign = write_campaign(tmp_path, SMALL, run='bundle_time = "100 ms"')
     before = 0
     for number in (signal.SIGINT, signal.SIGTERM):
         with running(campaign) as run:
             until(lambda: relaxed(campaign) > before, 60, run.output)  # noqa: B023
-            # On a fast machine all would be done before the signal is heard: it stands still.
-            children = run.children()
-            for child in children:
-                child.suspend()
-            run.signal(number)
-            time.sleep(1.0)
-            for child in children:
-                child.resume()
+            # On a fast machine all would be done before the workers hear of it: it stands still.
+            with standing_still(run.children()):
+                run.signal(number)
+                until(lambda: who(campaign.parent / "store").get("drain"), 30, run.output)
+                time.sleep(2.0)  # each worker looks every second
             assert run.wait(40) == 5, run.output()
             assert not run.end()["complete"]
             run.assert_gone()
