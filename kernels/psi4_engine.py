@@ -34,6 +34,7 @@ from kernels.calculators import GRIDS, DftSettings
 from kernels.engines import Engine
 from kernels.errors import InputError, KernelError, ProgramError, ResourceError, ScfError
 from kernels.graph import check_spin
+from kernels.processes import started
 from kernels.units import (
     BOHR_TO_ANGSTROM,
     HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM,
@@ -489,7 +490,7 @@ def _crash(death: _WorkerDied, request: dict[str, Any]) -> KernelError:
 
 
 def _folder_prefix() -> str:
-    return f"{_place()}{os.getpid()}-{_started(os.getpid())}-"
+    return f"{_place()}{os.getpid()}-{started(os.getpid())}-"
 
 
 def _place() -> str:
@@ -497,22 +498,12 @@ def _place() -> str:
     return f"{_PREFIX}{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}-"
 
 
-def _started(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None when it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
 def _sweep() -> None:
     """Remove scratch folders whose process is gone."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_place()}*"):
         try:
-            pid, started, _ = folder.name.removeprefix(_place()).split("-", 2)
-            gone = _started(int(pid)) != int(started)
+            pid, ticks, _ = folder.name.removeprefix(_place()).split("-", 2)
+            gone = started(int(pid)) != int(ticks)
         except ValueError:
             continue
         if gone:

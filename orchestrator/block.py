@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,13 @@ _VISIBLE: Final = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 def node_name() -> str:
     """Return the node's name as the scheduler knows it, else the host's without its domain."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+
+
+def node_file(name: str) -> Path:
+    """Return the path of a file of this node's own, in memory where that can be."""
+    shared = Path("/dev/shm")
+    folder = shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    return folder / f"basin-{os.getuid()}-{name}"
 
 
 def memory() -> int:

@@ -31,6 +31,7 @@ from orchestrator.kernel_calls import (
     done,
     failed,
     load_model,
+    load_saved,
     save,
 )
 
@@ -69,14 +70,6 @@ class _Clock:
         now = time.process_time() - cpu, time.perf_counter() - wall
         spent = self.cpu_s + self._share * now[0], self.wall_s + self._share * now[1]
         return {_SPENT: np.array(spent)}
-
-
-def _load(path: Path) -> Arrays | None:
-    try:
-        with np.load(path) as saved:
-            return dict(saved)
-    except FileNotFoundError:
-        return None
 
 
 def _row(payload: Payload, clock: _Clock, **columns: Any) -> dict[str, Any]:
@@ -130,7 +123,7 @@ def _walk(
     assert positions is not None
     path = Path(payload.checkpoint)
     calculator = calculator_maker(stage.settings, payload, stage.memory_limit)()
-    arrays = _load(path)
+    arrays = load_saved(path)
     kept = arrays is not None
     clock = _Clock(arrays)
     if arrays is None:
@@ -383,7 +376,7 @@ def _by_mpi(stage: Call, request: Arrays, state: Path, stop: Callable[[], bool])
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    result = _load(answer)
+    result = load_saved(answer)
     if result is None and told is not None:
         return None
     if result is None:
@@ -435,7 +428,7 @@ class _Saved:
         self.moments: list[_Moment] = []
         # Those that began together go on together; what is new begins together.
         self.company = ""
-        arrays = _load(self.path)
+        arrays = load_saved(self.path)
         self.clock = _Clock(arrays, share)
         if arrays is not None:
             self.company = str(arrays["company"])

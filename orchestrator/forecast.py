@@ -123,10 +123,13 @@ def learned_estimates(snapshot: Snapshot | None, plan: Plan) -> list[Estimate]:
     if snapshot is None:
         return estimates
     known: dict[bytes, tuple[int, str]] = {}
-    for rows in snapshot.parts("molecules", ["key", "n_atoms", "smiles"]):
+    # Basis functions follow from the SMILES, which are long to read.
+    columns = ["key", "n_atoms", *(["smiles"] if _has_dft(plan) else [])]
+    for rows in snapshot.parts("molecules", columns):
         rows = rows.take(np.arange(min(len(rows), _SAMPLE_ROWS)))
         keys = rows["key"].tobytes()
-        found = zip(rows["n_atoms"].tolist(), rows["smiles"].strings(), strict=True)
+        smiles = rows["smiles"].strings() if "smiles" in columns else [""] * len(rows)
+        found = zip(rows["n_atoms"].tolist(), smiles, strict=True)
         known.update((keys[16 * i : 16 * i + 16], molecule) for i, molecule in enumerate(found))
         if len(known) >= _SAMPLE_ROWS:
             break

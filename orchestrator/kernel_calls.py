@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import signal
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.errors import InputError, KernelError
+from kernels.processes import stat
 from orchestrator.child import family
 from orchestrator.resident import release_code
 from orchestrator.schema import STATUSES
@@ -158,10 +158,8 @@ def cpu_outside_s() -> float:
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     ticks = 0
     for pid in family(os.getpid())[1:]:
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            # Its own, and of its children that have ended.
-            ticks += sum(map(int, fields[11:15]))
+        # Its own, and of its children that have ended.
+        ticks += sum(map(int, stat(pid)[11:15]))
     return ended.ru_utime + ended.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -216,7 +214,7 @@ def save(path: Path, arrays: dict[str, Any]) -> None:
     os.rename(temporary, path)
 
 
-def _load(path: Path) -> dict[str, NDArray[Any]] | None:
+def load_saved(path: Path) -> dict[str, NDArray[Any]] | None:
     """Return the saved state of an open item, if there is one."""
     try:
         with np.load(path) as saved:
@@ -302,7 +300,7 @@ def _relax(stage: Call, payload: Payload, stop: Callable[[], bool]) -> dict[str,
         coarse_until=wanted.get("coarse_until", 0.0),
     )
     path = Path(payload.checkpoint)
-    arrays = _load(path)
+    arrays = load_saved(path)
     clock = _Clock(program, arrays)
     state = None if arrays is None else RelaxState.from_arrays(arrays)
     tried = () if arrays is None else tuple(str(name) for name in arrays["ladder"])
@@ -536,7 +534,7 @@ def _single_points(stage: Call, payload: Payload, stop: Callable[[], bool]) -> d
     saved_as = Path(payload.checkpoint)
     saved = time.monotonic()
     finished = False
-    arrays = _load(saved_as)
+    arrays = load_saved(saved_as)
     clock = _Clock(program, arrays)
     kept = arrays is not None
     state = None if arrays is None else SinglePoints.from_arrays(arrays)

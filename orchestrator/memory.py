@@ -12,13 +12,13 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from kernels.processes import started
 from orchestrator import block
 
 # The system and what is too small to be counted have the rest.
@@ -27,19 +27,8 @@ _LOOK_S: Final = 0.2
 
 
 def _path() -> Path:
-    memory = Path("/dev/shm")
-    folder = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or "local"
-    return folder / f"basin-{os.getuid()}-memory-{job}"
-
-
-def _started(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; "" when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return block.node_file(f"memory-{job}")
 
 
 class Share:
@@ -79,7 +68,7 @@ class Share:
         with self._queue() as queue:
             if self._name not in [entry["name"] for entry in queue]:
                 pid = os.getpid()
-                mine = {"name": self._name, "pid": pid, "started": _started(pid)}
+                mine = {"name": self._name, "pid": pid, "started": started(pid)}
                 queue.append({**mine, "bytes": self._wanted, "granted": False})
             taken = sum(entry["bytes"] for entry in queue if entry["granted"])
             first = next(entry for entry in queue if not entry["granted"])
@@ -97,7 +86,7 @@ class Share:
                 found = json.load(file)
             except ValueError:
                 found = []  # new, or its writer was killed
-            queue = [entry for entry in found if _started(entry["pid"]) == entry["started"]]
+            queue = [entry for entry in found if started(entry["pid"]) == entry["started"]]
             yield queue
             file.seek(0)
             file.truncate()

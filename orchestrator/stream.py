@@ -60,11 +60,11 @@ class Estimate:
         self, kernel: str, frames: int = 1, level: str = "", initial_hessian: str = "unit"
     ) -> None:
         self.dft = level in DFT_LEVELS
-        power, rate = dft_cost.item_s(kernel, level, initial_hessian)
-        if not self.dft:
-            power, guess = _COST.get(kernel, (2.0, 1.0))
-            rate = guess / _USUAL_ATOMS**power
-        self._power = power
+        if self.dft:
+            self._power, rate = dft_cost.item_s(kernel, level, initial_hessian)
+        else:
+            self._power, guess = _COST.get(kernel, (2.0, 1.0))
+            rate = guess / _USUAL_ATOMS**self._power
         self._seconds = 0.0
         self._weight = 0.0
         self.rate = rate * frames
@@ -77,15 +77,15 @@ class Estimate:
 
     def seconds(self, size: int) -> float:
         """Return the expected seconds of one item of that size."""
-        return self.rate * float((size or self.size(0)) ** self._power)
+        return self.rate * self.weight(size or self.size(0))
 
-    def weight_of(self, item: Item | Root) -> float:
-        """Return what an item's seconds are ``rate`` times of."""
-        return float(self.size(item.n_atoms, item.smiles) ** self._power)
+    def weight(self, size: int) -> float:
+        """Return what the seconds of an item of that size are ``rate`` times of."""
+        return float(size**self._power)
 
-    def seconds_of(self, item: Item | Root) -> float:
+    def seconds_of(self, item: Item) -> float:
         """Return the expected seconds of an item."""
-        return self.rate * self.weight_of(item)
+        return self.seconds(self.size(item.n_atoms, item.smiles))
 
     def learn(self, sizes: NDArray[np.int64], wall_s: NDArray[np.float32]) -> None:
         """Take in finished items (K,); older ones slowly lose their weight."""
@@ -200,9 +200,9 @@ class Stream:
         roots, self._roots = self._roots[: self._slice], self._roots[self._slice :]
         self._roots_pulled += len(roots)
         for s, estimate in enumerate(self.estimates):
-            self._weights[s] += sum(estimate.weight_of(root) for root in roots)
+            sizes = [estimate.size(root.n_atoms, root.smiles) for root in roots]
+            self._weights[s] += sum(map(estimate.weight, sizes))
             if estimate.dft:
-                sizes = (estimate.size(root.n_atoms, root.smiles) for root in roots)
                 self.functions = max(self.functions, *sizes)
         stand = standing(self.plan, roots, self._index)
         for s in range(len(self.plan.stages)):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
+
+from orchestrator import block
 
 _GATE: Final = 0
 _ROOM: Final = 1
@@ -23,9 +24,7 @@ _LOOK_S: Final = 0.05
 
 def lock_path(manager_pid: int) -> Path:
     """Return the file that the workers of a pool lock, by the process that started them."""
-    memory = Path("/dev/shm")
-    folder = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    return folder / f"basin-{os.getuid()}-{manager_pid}"
+    return block.node_file(str(manager_pid))
 
 
 class Turn:

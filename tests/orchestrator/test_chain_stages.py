@@ -13,7 +13,7 @@ from orchestrator.campaign import load_campaign
 from orchestrator.chain_stages import DIFFUSION_STEPS, TEMPERATURES
 from orchestrator.errors import CampaignError
 from orchestrator.key_index import KeyIndex
-from orchestrator.plan import Plan
+from orchestrator.plan import Item, Plan, StagePlan
 from orchestrator.stream import MOST_TOGETHER, Estimate, Stream
 from tests.orchestrator.run_fixtures import ingested, write_campaign
 from tests.orchestrator.tiny_models import write_model
@@ -255,16 +255,21 @@ def test_chains_wait_for_company_a_while_and_not_for_ever(
     assert len(taken[1]) == 2
 
 
-def test_workers_share_the_chains_that_are_ready(chains: Callable[[str], Stream]) -> None:
-    stream = chains("n = [1, 2, 4, 8]\n")
+def up_to_the_chains(stream: Stream) -> tuple[StagePlan, list[Item]]:
+    """Finish whatever comes before the diffusion chains; return their first bundle."""
     while taken := stream.take("cpu", 1e9, 1):
         if taken[0].kernel == "diffusion_chain":
-            break
+            return taken
         for item in taken[1]:
             stream.finished(taken[0].index, item, True, "")
-    assert taken is not None
-    for item in taken[1]:
-        stream.push(taken[0].index, item)
+    raise AssertionError("no diffusion chain came")
+
+
+def test_workers_share_the_chains_that_are_ready(chains: Callable[[str], Stream]) -> None:
+    stream = chains("n = [1, 2, 4, 8]\n")
+    stage, items = up_to_the_chains(stream)
+    for item in items:
+        stream.push(stage.index, item)
     shares = []
     while taken := stream.take("cpu", 1e9, 5):
         shares.append(len(taken[1]))
@@ -276,13 +281,7 @@ def test_chains_that_were_under_way_together_go_on_together(
     chains: Callable[[str], Stream],
 ) -> None:
     stream = chains("n = [1, 2, 4, 8]\n")
-    while taken := stream.take("cpu", 1e9, 1):
-        if taken[0].kernel == "diffusion_chain":
-            break
-        for item in taken[1]:
-            stream.finished(taken[0].index, item, True, "")
-    assert taken is not None
-    stage, items = taken
+    stage, items = up_to_the_chains(stream)
     # As after a kill: seven had begun together, three in another bundle, and two not at all.
     known = {item.key: "seven" for item in items[::2] + items[1:2]}
     known |= {item.key: "three" for item in items[3:9:2]}
