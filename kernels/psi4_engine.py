@@ -31,9 +31,8 @@ from numpy.typing import NDArray
 
 from kernels import basis
 from kernels.calculators import GRIDS, DftSettings
-from kernels.engines import Engine
+from kernels.dft_engine import DftEngine
 from kernels.errors import InputError, KernelError, ProgramError, ResourceError, ScfError
-from kernels.graph import check_spin
 from kernels.processes import started
 from kernels.units import (
     BOHR_TO_ANGSTROM,
@@ -46,9 +45,9 @@ PYTHON_VARIABLE: Final = "BASIN_PSI4_PYTHON"
 _WORKER: Final = Path(__file__).with_name("psi4_worker.py")
 # Psi4 leaks some MB at each gradient; a new worker takes half a second.
 _CALLS_PER_WORKER: Final = 50
-_ENERGY_CONVERGENCE: Final = 1e-9
-# Of the orbital gradient.
-_ORBITAL_CONVERGENCE: Final = 1e-7
+_ENERGY_CONVERGENCE: Final = 1e-8
+# Of the orbital gradient: forces are within 1e-4 eV/Å of converged ones, energies within 1 nHa.
+_ORBITAL_CONVERGENCE: Final = 1e-6
 # Above it each new density is damped; down to convergence it would cost iterations for nothing.
 _DAMPED_ABOVE: Final = 1e-3
 # A name that no file of Psi4's own basis sets has: the file is written to the worker's scratch.
@@ -150,8 +149,8 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **dict.fromkeys(names, threads)}
 
 
-class Psi4(Engine):
-    """B3LYP with five d functions, each SCF started from the last orbitals.
+class Psi4(DftEngine):
+    """B3LYP by Psi4, with five d functions.
 
     Forces lack the change of the grid's weights with the geometry: against the slope of the
     energy they are off by up to 5e-4 eV/Å with grid "fine" (2e-3 where there is Cl, Br or I), 5e-5
@@ -163,13 +162,8 @@ class Psi4(Engine):
     """
 
     def __init__(self, settings: DftSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self.installation = find()
-        # SCF iterations of the last geometry.
-        self.iterations = 0
-        self._numbers = b""
-        self._orbitals: list[NDArray[np.float64]] = []
 
     def evaluate(
         self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]
@@ -189,16 +183,7 @@ class Psi4(Engine):
         self, numbers: NDArray[np.uint8], positions: NDArray[np.float64], *, gradient: bool
     ) -> dict[str, Any]:
         """Return the worker's answer, in hartree and bohr."""
-        key = numbers.tobytes()
-        if key != self._numbers:
-            basis.check(numbers, self.settings.basis)
-            check_spin(numbers, self.settings.charge, self.settings.multiplicity)
-            if self._numbers:
-                # Another molecule: its orbitals cannot start this one. (With none before it they
-                # came from `load_scf` and are meant for the molecule at hand.)
-                self._orbitals = []
-            self._numbers = key
-        self.n_evaluations += 1
+        start = self._begin(numbers)
         answer = _ask(
             self.installation,
             {
@@ -208,29 +193,15 @@ class Psi4(Engine):
                 "multiplicity": self.settings.multiplicity,
                 "memory": self.settings.memory,
                 "options": self._options(numbers),
-                "orbitals": [part.tolist() for part in self._orbitals],
+                "orbitals": [part.tolist() for part in start],
                 "gradient": gradient,
             },
         )
         if "error" in answer:
-            self._orbitals = []
             raise _failure(answer, self.settings)
         self.iterations = int(answer["iterations"])
-        self._orbitals = [_matrix(part) for part in answer["orbitals"]]
+        self._orbitals = tuple(np.array(part, dtype=np.float64) for part in answer["orbitals"])
         return answer
-
-    def save_scf(self) -> dict[str, NDArray[np.float64]]:
-        """Return the occupied orbitals (functions, electrons) of either spin."""
-        if not self._orbitals:
-            return {}
-        return {name: part.copy() for name, part in zip(_ORBITALS, self._orbitals, strict=True)}
-
-    def load_scf(self, arrays: dict[str, NDArray[np.float64]]) -> None:
-        self._orbitals = [_matrix(arrays[name]) for name in _ORBITALS] if arrays else []
-        self._numbers = b""
-
-    def reset_scf(self) -> None:
-        self._orbitals = []
 
     def _options(self, numbers: NDArray[np.uint8]) -> dict[str, Any]:
         settings = self.settings
@@ -257,13 +228,6 @@ class Psi4(Engine):
             "level_shift": settings.level_shift,
             "soscf": settings.second_order,
         }
-
-
-_ORBITALS: Final = ("alpha_orbitals", "beta_orbitals")
-
-
-def _matrix(rows: Any) -> NDArray[np.float64]:
-    return np.array(rows, dtype=np.float64)
 
 
 def _failure(answer: dict[str, Any], settings: DftSettings) -> KernelError:

@@ -159,7 +159,7 @@ def test_a_radical_restarts_from_both_spins() -> None:
     energy, forces = engine.evaluate(*OH)
     cold = engine.iterations
     arrays = engine.save_scf()
-    assert arrays["alpha_orbitals"].shape[1] == arrays["beta_orbitals"].shape[1] + 1
+    assert arrays["occupied_0"].shape[1] == arrays["occupied_1"].shape[1] + 1
     assert engine.evaluate(*OH)[0] == pytest.approx(energy, abs=SAME)
     assert engine.iterations < cold
     np.testing.assert_allclose(forces.sum(axis=0), 0, atol=5e-3)
