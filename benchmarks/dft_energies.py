@@ -2,9 +2,10 @@
 
 Every calculation is the engines' own. Of one molecule a program computes the coarse grid first,
 then the usual one and then, of smaller molecules, the same without density fitting, each from the
-orbitals before it as along a relaxation; CPU seconds are those from nothing to the energy in
-question. What is done stands in a file, one JSON object a line: the same command goes on, and with
-`--minutes 0` it only prints. Needs the data and PySCF; Psi4 where it is installed.
+orbitals before it as along a relaxation, and of most larger ones the usual one alone; CPU seconds
+are those from nothing to the energy in question. What is done stands in a file, one JSON object a
+line: the same command goes on, and with `--minutes 0` it only prints. Needs the data and PySCF;
+Psi4 where it is installed.
 
     python -m benchmarks.dft_energies [--minutes 60] [--file dft_energies.jsonl]
 """
@@ -80,10 +81,13 @@ class Qm9:
             yield at, "pyscf", list(STEPS)[: 3 if exact else 2]
             yield at, "psi4", list(STEPS)[: 3 if at in five[:5] else 2]
         for at in dict.fromkeys(map(int, [*others[7], *few])):
-            if at not in first:
+            if at in first:
+                continue
+            if at in few or at in others[7][:4]:
                 yield at, "pyscf", list(STEPS)[:2]
-                if at in few or at in others[7][:4]:
-                    yield at, "psi4", list(STEPS)[:2]
+                yield at, "psi4", list(STEPS)[:2]
+            else:
+                yield at, "pyscf", ["density fitting"]
         for at in small:
             yield at, "pyscf", list(STEPS)
 
