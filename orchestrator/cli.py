@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -610,6 +611,8 @@ def query(
     """
     from orchestrator.show import answer_csv, show_answer
 
+    if not os.path.exists(place) and os.path.exists(sql):
+        raise CampaignError(f"the SQL comes first, then the store: basin query 'SELECT ...' {sql}")
     table = _open(place).query(sql)
     if as_json:
         _print_json(table.to_pylist())

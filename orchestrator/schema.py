@@ -242,7 +242,7 @@ TABLES: dict[str, TableSchema] = {
                     "eV",
                     "line",
                 ),
-                _scalar("cpu_s", "<f8", "CPU time", "s"),
+                _scalar("cpu_s", "<f8", "CPU time of all frames together", "s"),
             ),
         ),
         TableSchema(

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 from orchestrator import block, turn
@@ -25,10 +26,19 @@ BUNDLE_TIME = "--bundle_time="
 _INNER = "--inner"
 _CONNECT_S = 2.0
 _LEAST_S = 5
+# Of a socket's name; the workers' server makes such files in folders of its own.
+_LONGEST = 107
+_SOCKET = "pymp-12345678/listener-12345678"
 
 
 def _become_pool(arguments: list[str]) -> None:
     die_with_parent()
+    temporary = tempfile.gettempdir()
+    if len(os.fsencode(os.path.join(temporary, _SOCKET))) > _LONGEST:
+        sys.exit(
+            f"TMPDIR on {block.node_name()} is too long for a worker pool's sockets: {temporary} "
+            f"({len(temporary)} characters); set one of at most {_LONGEST - len(_SOCKET) - 1}"
+        )
     script = shutil.which("process_worker_pool.py")
     if script is None:
         sys.exit("process_worker_pool.py of Parsl is not on PATH: activate Basin's environment")

@@ -609,6 +609,12 @@ def test_a_wrong_query_is_one_message(store: Store, sql: str, words: str) -> Non
     assert words in one_line(basin("query", sql, store.path), 3)
 
 
+def test_a_query_whose_arguments_are_swapped(store: Store) -> None:
+    message = one_line(basin("query", store.path, "SELECT 1"), 2)
+    assert "the SQL comes first" in message
+    assert str(store.path) in message
+
+
 def test_explaining_what_is_not_there(campaign: Path) -> None:
     for what in ("ffffffffffffffffffffffffffffffff", "CCCCCCCC", "no molecule"):
         assert repr(what) in one_line(basin("explain", what, campaign), 3)

@@ -1,4 +1,4 @@
-"""A worker pool whose interchange is gone ends, even where Parsl's manager would wait for ever."""
+"""A worker pool ends where Parsl's manager would wait for ever, and says why it cannot start."""
 
 from __future__ import annotations
 
@@ -40,3 +40,20 @@ def test_a_stuck_manager_ends_with_its_interchange(tmp_path: Path) -> None:
     _, error = pool.communicate(timeout=30)
     assert pool.returncode == 1
     assert "the interchange is gone" in error
+
+
+def test_a_folder_for_temporary_files_with_too_long_a_name_is_named(tmp_path: Path) -> None:
+    longest = tmp_path / ("t" * 100)
+    longest.mkdir()
+    command, environment = pool_command(1, tmp_path / "bin")
+    done = subprocess.run(
+        command,
+        env={**environment, "TMPDIR": str(longest)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert str(longest) in done.stderr
+    assert "set one of at most 75" in done.stderr
+    assert "stuck" not in done.stdout
