@@ -196,9 +196,9 @@ class EnergyStage(StageBase):
         default=True,
         description="DFT: Coulomb and exchange by density fitting, several times faster",
     )
-    grid: Literal["fine", "coarse"] = Field(
+    grid: Literal["fine", "coarse", "very fine"] = Field(
         default="fine",
-        description="DFT: integration grid of 75 radial shells of 302 points, or 50 of 194",
+        description="DFT: integration grid, 75 radial shells of 302 points, 50 of 194 or 99 of 590",
     )
 
     @model_validator(mode="before")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kernels import calculators
-from kernels.calculators import DFT, DFT_DEF2
+from kernels.calculators import DFT, DFT_DEF2, GRIDS
 from kernels.errors import KernelError, ProgramError
 from orchestrator import child, guard
 from orchestrator.campaign import load_campaign
@@ -83,6 +83,11 @@ def test_what_saves_gradients_enters_the_key_and_the_words(tmp_path: Path) -> No
         f"{DFT}/pyscf, Sella to 0.03 eV/Å, internal coordinates, GFN2-xTB's Hessian, coarse grid "
         "to 0.1 eV/Å"
     )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_can_be_asked_for(tmp_path: Path, grid: str) -> None:
+    assert relax(tmp_path, f'grid = "{grid}"\n').settings()["grid"] == grid
 
 
 @pytest.mark.parametrize(
