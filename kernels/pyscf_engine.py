@@ -77,7 +77,7 @@ class _Unrestricted(_Qm9Functions, dft.uks.UKS):  # type: ignore[misc]
 class _Integration(numint.NumInt):  # type: ignore[misc]
     """PySCF's, on so few points at a time that their functions stay in the processor's cache.
 
-    As many as memory has room for, PySCF's choice, take a quarter longer for small molecules; and
+    As many as memory has room for, as PySCF would take, cost up to a quarter more time; and the
     sums would depend on how much memory happens to be free.
     """
 
