@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from kernels import psi4_engine
 from kernels.calculators import DftSettings, make_calculator, program_version
+from kernels.embedding import embed
 from kernels.errors import InputError, KernelError, ProgramError, ResourceError, ScfError
 from kernels.psi4_engine import Psi4
 from kernels.units import HARTREE_TO_EV
@@ -194,6 +195,17 @@ def test_molecules_of_all_sizes_in_turn_with_one_worker() -> None:
     again, _ = engine.evaluate(*WATER)
     assert again == pytest.approx(first, abs=SAME)
     assert running().pid == pid
+
+
+def test_memory_that_is_enough_is_not_too_little_by_a_hair() -> None:
+    # For its integrals Psi4 itself asks for 0.1 % less than it then finds it needs.
+    nitrile = embed("CC1(C)OCC1C#N", seed=1, max_attempts=50)
+    assert nitrile.positions is not None
+    # It has begun when it does not converge.
+    with pytest.raises(ScfError, match="not converged in 1 iterations"):
+        Psi4(DftSettings(memory=2_400_000_000, max_iterations=1)).energy(
+            nitrile.numbers, nitrile.positions
+        )
 
 
 def test_failures_have_classes_and_remedies() -> None:
