@@ -162,9 +162,9 @@ def make_calculator(
     tighter); `mixer_damping` in (0, 1] is tblite's; "MMFF94" needs `smiles` and ignores the
     electronic settings. DFT has no electronic temperature, and takes from `density_fitting` on:
     `grid` "fine" (75 radial shells of 302 points), "coarse" (50 of 194) or "very fine" (99 of 590),
-    `scf_guess` "atomic" or
-    "huckel", `level_shift` in hartree, `scf_damping` the share of the old matrix kept in each
-    iteration, `memory` in bytes, which changes how results are computed and not what they are.
+    `scf_guess` "atomic" or "huckel", `level_shift` in hartree, `scf_damping` the share of the old
+    matrix kept in each iteration, `memory` in bytes, which changes how results are computed and not
+    what they are.
     Raises InputError for unknown names, impossible values and a program that is not installed.
     """
     level = _named(level, _LEVELS, "level")

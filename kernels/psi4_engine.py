@@ -176,7 +176,6 @@ class Psi4(DftEngine):
         )
 
     def energy(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> float:
-        """Return the energy in eV at positions (N, 3) in Å, without forces."""
         return float(self._converged(numbers, positions, gradient=False)["energy"]) * HARTREE_TO_EV
 
     def _converged(

@@ -122,7 +122,6 @@ class PySCF(DftEngine):
         return energy, forces * HARTREE_PER_BOHR_TO_EV_PER_ANGSTROM
 
     def energy(self, numbers: NDArray[np.uint8], positions: NDArray[np.float64]) -> float:
-        """Return the energy in eV at positions (N, 3) in Å, without forces."""
         return self._converged(numbers, positions)[0]
 
     def _converged(
